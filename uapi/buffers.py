@@ -1,0 +1,48 @@
+"""Client memory for tests and drivers: page-aligned, zeroed, with a known lifetime."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+_MAP_HUGETLB = 0x40000
+HUGE_PAGE = 2 << 20
+
+
+class AnonymousBuffer:
+    """Private anonymous memory.
+
+    A plain buffer starts on a 2 MiB boundary when it is at least that long, so that an automatic IOVA, which keeps the
+    address's alignment, does not depend on where the allocator happened to put it.
+    """
+
+    def __init__(self, length: int, *, huge: bool = False) -> None:
+        if length <= 0:
+            raise ValueError(f"a buffer of {length} bytes")
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_HUGETLB if huge else 0)
+        slack = HUGE_PAGE if length >= HUGE_PAGE and not huge else 0
+        self._map = mmap.mmap(-1, length + slack, flags=flags)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        skip = -base % HUGE_PAGE if slack else 0
+        self.address = base + skip
+        self.length = length
+        self._view: memoryview | None = memoryview(self._map)[skip : skip + length]
+
+    @property
+    def view(self) -> memoryview:
+        if self._view is None:
+            raise ValueError("the buffer is closed")
+        return self._view
+
+    def close(self) -> None:
+        """Unmap the memory. Views taken from the buffer must be gone (BufferError otherwise)."""
+        if self._view is not None:
+            self._view.release()
+            self._view = None
+            self._map.close()
+
+    def __enter__(self) -> AnonymousBuffer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
