@@ -1,0 +1,133 @@
+"""Client memory behind physical addresses.
+
+`ClientMemory` holds the buffers that `Kernel.buffer()` gave out. Such memory cannot vanish under a DMA: closing a buffer
+while the model may still reach it only marks it, so copies go directly, without asking the host's kernel.
+
+`MmBacking` is what answers for one address space's window of the physical address space: directly inside a live buffer
+of the model's own process, by `process_vm_readv/writev` elsewhere, and with `BusAbort` where the memory is gone.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from fakedev.memory import BusAbort
+from kernel_model.errors import KernelError
+from kernel_model.process import Mm
+from uapi.buffers import AnonymousBuffer
+
+
+class ClientBuffer(AnonymousBuffer):
+    """A buffer whose memory outlives `close()` for as long as it is pinned."""
+
+    def __init__(self, owner: ClientMemory, length: int, huge: bool) -> None:
+        super().__init__(length, huge=huge)
+        self.end = self.address + length
+        self.pins = 0
+        self.direct = self.view
+        self._owner = owner
+        self._closed = False
+
+    @property
+    def view(self) -> memoryview:
+        if getattr(self, "_closed", False):
+            raise ValueError("the buffer is closed")
+        return super().view
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._owner.closed(self)
+
+    def free(self) -> None:
+        """Give the memory back to the host."""
+        super().close()
+
+
+class ClientMemory:
+    """The live buffers of one process, found by address."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._buffers: list[ClientBuffer] = []
+        self._last: ClientBuffer | None = None
+
+    def allocate(self, length: int, huge: bool) -> ClientBuffer:
+        made = ClientBuffer(self, length, huge)
+        index = bisect_right(self._starts, made.address)
+        self._starts.insert(index, made.address)
+        self._buffers.insert(index, made)
+        return made
+
+    def find(self, address: int, length: int) -> ClientBuffer | None:
+        """The buffer that holds the whole range."""
+        last = self._last
+        if last is not None and last.address <= address and address + length <= last.end:
+            return last
+        index = bisect_right(self._starts, address) - 1
+        if index < 0:
+            return None
+        found = self._buffers[index]
+        if address + length > found.end:
+            return None
+        self._last = found
+        return found
+
+    def pin(self, address: int, length: int) -> None:
+        found = self.find(address, length)
+        if found is not None:
+            found.pins += 1
+
+    def unpin(self, address: int, length: int) -> None:
+        found = self.find(address, length)
+        if found is not None and found.pins:
+            found.pins -= 1
+            if found.pins == 0 and found._closed:
+                self._free(found)
+
+    def closed(self, buffer: ClientBuffer) -> None:
+        if buffer.pins == 0:
+            self._free(buffer)
+
+    def _free(self, buffer: ClientBuffer) -> None:
+        index = bisect_right(self._starts, buffer.address) - 1
+        del self._starts[index], self._buffers[index]
+        if self._last is buffer:
+            self._last = None
+        buffer.free()
+
+
+class MmBacking:
+    """The memory of one address space, as the physical address space sees it."""
+
+    def __init__(self, mm: Mm) -> None:
+        self._mm = mm
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        buffers = self._mm.buffers
+        if buffers is None:
+            return None
+        found = buffers.find(offset, length)
+        if found is None:
+            return None
+        start = offset - found.address
+        return found.direct[start : start + length]
+
+    def read(self, offset: int, length: int) -> bytes:
+        view = self.view(offset, length)
+        if view is not None:
+            return bytes(view)
+        try:
+            return self._mm.read(offset, length)
+        except KernelError as error:
+            raise BusAbort(self._mm.window | offset) from error
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        view = self.view(offset, len(data))
+        if view is not None:
+            view[:] = data
+            return
+        try:
+            self._mm.write(offset, data)
+        except KernelError as error:
+            raise BusAbort(self._mm.window | offset) from error

@@ -1,0 +1,287 @@
+"""The client's side of the model's files: what `Kernel.open` returns.
+
+Behind every open file of the model stands a real descriptor, one end of a socketpair; the model holds the other. So
+select and asyncio can watch it, dup, fork and SCM_RIGHTS copy it, and its last close, wherever that happens, hangs up the
+model's end. A call identifies its file by the descriptor's (device, inode), never by the number, so a `File` whose number
+was closed behind its back gives EBADF, and one whose number now names another file reaches that one.
+
+`ModelMapping` is what `File.mmap` returns. `read` and `write` are device accesses. Its bytes are ordinary memory: a raw
+store through them is noticed at the next call of any kind and delivered then, in address order, as 4-byte stores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap as _mmap
+import os
+import socket
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from kernel_model.errors import KernelError
+from kernel_model.file import FileDescription, MappedRegion, SystemCall
+from kernel_model.process import PAGE_SIZE, Process
+from uapi.backend import MAP_SHARED, PROT_READ, PROT_WRITE, Argument, File, Readable
+from uapi.client import ClientBase
+from uapi.linux import address_of
+
+if TYPE_CHECKING:
+    from kernel_model.kernel import Kernel
+
+_MASK = 0xFFFFFFFFFFFFFFFF
+
+
+class Descriptor:
+    """The model's end of an open file: the socket, its identity, and the description behind it."""
+
+    __slots__ = ("description", "key", "sock")
+
+    def __init__(self, sock: socket.socket, key: tuple[int, int], description: FileDescription) -> None:
+        self.sock = sock
+        self.key = key
+        self.description = description
+
+
+class ModelMapping:
+    """A mapping of a model's file."""
+
+    def __init__(self, kernel: Kernel, region: MappedRegion, length: int, prot: int) -> None:
+        self._kernel = kernel
+        self._region = region
+        self.length = (length + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
+        self._prot = prot
+        self._map = _mmap.mmap(-1, self.length)
+        self._view = memoryview(self._map)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._seen: bytes | None = None
+        self._open = True
+
+    @property
+    def address(self) -> int:
+        self._watch()
+        return self._address
+
+    @property
+    def view(self) -> memoryview:
+        self._watch()
+        return self._view
+
+    def _watch(self) -> None:
+        if self._seen is None:
+            self._seen = bytes(self._view)
+            self._kernel.watched_mappings.append(self)
+
+    def deliver_raw_stores(self) -> None:
+        """Hand every 4-byte word that changed since the last call to the device."""
+        if self._seen is None or self._view == self._seen:
+            return
+        before, after = memoryview(self._seen).cast("I"), self._view.cast("I")
+        changed = [(index, after[index]) for index in range(len(after)) if after[index] != before[index]]
+        self._seen = bytes(self._view)
+        for index, value in changed:
+            self._region.write(index * 4, 4, value)
+
+    def _check(self, offset: int, width: int) -> None:
+        if not self._open:
+            raise ValueError("the mapping is closed")
+        if width not in (1, 2, 4, 8) or offset % width or not 0 <= offset <= self.length - width:
+            raise ValueError(f"no {width}-byte access at {offset:#x} of a mapping of {self.length:#x} bytes")
+
+    def _remember(self, offset: int, width: int, value: int) -> None:
+        data = value.to_bytes(width, "little")
+        self._view[offset : offset + width] = data
+        if self._seen is not None:
+            self._seen = self._seen[:offset] + data + self._seen[offset + width :]
+
+    def read(self, offset: int, width: int) -> int:
+        """A load of `width` bytes, served by the device."""
+        self._check(offset, width)
+        with self._kernel.entered():
+            value = self._region.read(offset, width)
+        self._remember(offset, width, value)
+        return value
+
+    def write(self, offset: int, width: int, value: int) -> None:
+        """A store of `width` bytes, at the device when this returns."""
+        self._check(offset, width)
+        value &= (1 << width * 8) - 1
+        with self._kernel.entered():
+            self._region.write(offset, width, value)
+        self._remember(offset, width, value)
+
+    def close(self) -> None:
+        """munmap(2). Views taken from the mapping keep their memory, but reach no device any more."""
+        if self._open:
+            with self._kernel.entered():
+                self._open = False
+                if self in self._kernel.watched_mappings:
+                    self._kernel.watched_mappings.remove(self)
+                self._region.unmapped()
+
+    def __enter__(self) -> ModelMapping:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ModelFile:
+    """An open file of the model, used by the model's own process."""
+
+    def __init__(self, kernel: Kernel, fd: int, path: str) -> None:
+        self._kernel = kernel
+        self._fd = fd
+        self.path = path
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def ioctl(self, request: int, arg: Argument = 0) -> int:
+        kernel = self._kernel
+        with kernel.entered():
+            description = kernel.description(self._fd)
+            if isinstance(arg, int):
+                call = SystemCall(kernel, kernel.process)
+                return description.ioctl(call, request & 0xFFFFFFFF, arg & _MASK)
+            base = address_of(arg)
+            call = SystemCall(kernel, kernel.process, base, memoryview(arg).cast("B"))
+            return description.ioctl(call, request & 0xFFFFFFFF, base)
+
+    def read(self, count: int) -> bytes:
+        return self._read(count, None)
+
+    def pread(self, count: int, offset: int) -> bytes:
+        return self._read(count, _file_offset(offset))
+
+    def _read(self, count: int, offset: int | None) -> bytes:
+        kernel = self._kernel
+        with kernel.entered():
+            return kernel.description(self._fd).read(SystemCall(kernel, kernel.process), count, offset)
+
+    def write(self, data: Readable) -> int:
+        return self._write(data, None)
+
+    def pwrite(self, data: Readable, offset: int) -> int:
+        return self._write(data, _file_offset(offset))
+
+    def _write(self, data: Readable, offset: int | None) -> int:
+        kernel = self._kernel
+        with kernel.entered():
+            return kernel.description(self._fd).write(SystemCall(kernel, kernel.process), data, offset)
+
+    def mmap(
+        self, length: int, offset: int = 0, prot: int = PROT_READ | PROT_WRITE, flags: int = MAP_SHARED
+    ) -> ModelMapping:
+        kernel = self._kernel
+        with kernel.entered():
+            if length <= 0 or offset % PAGE_SIZE:
+                raise KernelError(errno.EINVAL, f"mmap of {length} bytes at offset {offset:#x}")
+            description = kernel.description(self._fd)
+            pages = (length + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
+            region = description.mmap(SystemCall(kernel, kernel.process), pages, offset, prot, flags)
+            return ModelMapping(kernel, region, pages, prot)
+
+    def poll(self, events: int, timeout: float = 0) -> int:
+        """The ready events. Nothing happens in the model between calls, so an unready file stays so for `timeout`."""
+        kernel = self._kernel
+        with kernel.entered():
+            ready = kernel.description(self._fd).poll() & (events | 0x18)
+        if not ready and timeout > 0:
+            time.sleep(timeout)
+        return ready
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+            with self._kernel.entered():
+                pass  # the last close takes effect now, as close(2) returns
+
+    def __enter__(self) -> ModelFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<ModelFile {self._fd} {self.path}>"
+
+
+def _file_offset(offset: int) -> int:
+    if offset < 0:
+        raise KernelError(errno.EINVAL, "a negative file offset")
+    return offset
+
+
+class ModelRemoteFile:
+    """A file of the model that a second client has open; the model executes its calls."""
+
+    def __init__(self, kernel: Kernel, process: Process, fd: int, path: str, close: object) -> None:
+        self._kernel = kernel
+        self._process = process
+        self._fd = fd
+        self.path = path
+        self._close = close
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def ioctl(self, request: int, arg: Argument = 0) -> int:
+        kernel = self._kernel
+        with kernel.entered():
+            description = kernel.description(self._fd, self._process)
+            if isinstance(arg, int):
+                return description.ioctl(SystemCall(kernel, self._process), request & 0xFFFFFFFF, arg & _MASK)
+            base = address_of(arg)
+            call = SystemCall(kernel, self._process, base, memoryview(arg).cast("B"))
+            return description.ioctl(call, request & 0xFFFFFFFF, base)
+
+    def close(self) -> None:
+        assert callable(self._close)
+        self._close(self._fd)
+        with self._kernel.entered():
+            pass
+
+
+class ModelClient(ClientBase):
+    """A second client process of the model."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__()
+        self._kernel = kernel
+        self._process = kernel.add_process(self.pid)
+
+    def open(self, path: str, flags: int = os.O_RDWR | os.O_CLOEXEC) -> ModelRemoteFile:
+        kernel = self._kernel
+        with kernel.entered():
+            call = SystemCall(kernel, self._process)
+            fd = kernel.install(kernel.files.open(call, path, flags), path)
+        try:
+            return self._given(fd, path)
+        finally:
+            os.close(fd)
+
+    def receive(self, file: File) -> ModelRemoteFile:
+        return self._given(file.fileno(), file.path)
+
+    def _given(self, fd: int, path: str) -> ModelRemoteFile:
+        remote = self._child.pass_fd(fd)
+        return ModelRemoteFile(
+            self._kernel, self._process, remote, path, lambda number: self._child.call("close", number)
+        )
+
+    def status(self, field: str) -> int:
+        return self._process.status(field)
+
+    def exit(self) -> None:
+        super().exit()
+        self._kernel.process_exited(self._process)
+
+    def __enter__(self) -> ModelClient:
+        return self

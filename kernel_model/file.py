@@ -1,0 +1,128 @@
+"""Open files: `struct file` with its `file_operations`, and one system call on one.
+
+A `FileDescription` is what the kernel keeps behind a descriptor. Subclasses are the files of a subsystem (a context of
+iommufd, a VFIO device, a sysfs attribute) and override what they support; the defaults answer what Linux answers for a
+missing operation.
+
+`SystemCall` is one call in progress: who calls, and how to reach that caller's memory. The block that the caller passed
+as the argument (a struct or buffer object) is trusted for its own length and read directly; every other address is
+checked.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Protocol
+
+from kernel_model.errors import KernelError
+
+if TYPE_CHECKING:
+    from kernel_model.kernel import Kernel
+    from kernel_model.process import Process
+
+POLLIN, POLLOUT, POLLERR, POLLHUP, POLLRDNORM, POLLWRNORM = 0x1, 0x4, 0x8, 0x10, 0x40, 0x100
+
+
+class SystemCall:
+    """The call being served."""
+
+    __slots__ = ("_base", "_block", "_end", "kernel", "process")
+
+    def __init__(self, kernel: Kernel, process: Process, base: int = 0, block: memoryview | None = None) -> None:
+        self.kernel = kernel
+        self.process = process
+        self._base = base
+        self._block = block
+        self._end = base + len(block) if block is not None else 0
+
+    def copy_from_user(self, address: int, length: int) -> bytes | memoryview:
+        """`length` bytes of the caller's memory; EFAULT where they cannot be read."""
+        if self._base <= address and address + length <= self._end:
+            assert self._block is not None
+            start = address - self._base
+            return self._block[start : start + length]
+        return self.process.mm.read(address, length)
+
+    def copy_to_user(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Store `data` in the caller's memory; EFAULT where it cannot be written."""
+        length = len(data)
+        if self._base <= address and address + length <= self._end:
+            assert self._block is not None
+            start = address - self._base
+            self._block[start : start + length] = data
+            return
+        self.process.mm.write(address, data)
+
+    def get_u32(self, address: int) -> int:
+        """get_user() of a 32-bit word."""
+        if self._base <= address and address + 4 <= self._end:
+            assert self._block is not None
+            start = address - self._base
+            return int.from_bytes(self._block[start : start + 4], "little")
+        return int.from_bytes(self.process.mm.read(address, 4), "little")
+
+    def check_zeroed(self, address: int, length: int) -> None:
+        """check_zeroed_user(): E2BIG at the first byte that is not zero, EFAULT at the first that cannot be read."""
+        mm = self.process.mm
+        inside = min(max(self._end - address, 0), length) if self._base <= address else 0
+        if inside:
+            assert self._block is not None
+            start = address - self._base
+            if any(self._block[start : start + inside]):
+                raise KernelError(errno.E2BIG, "a byte beyond the kernel's struct is not zero")
+            address += inside
+            length -= inside
+        step = 4096
+        while length:
+            chunk = min(length, step - address % min(step, 4096))
+            data = mm.read_some(address, chunk)
+            if any(data):
+                raise KernelError(errno.E2BIG, "a byte beyond the kernel's struct is not zero")
+            if len(data) < chunk:
+                if chunk > 4096:
+                    step = 4096  # find the exact page
+                    address += len(data)
+                    length -= len(data)
+                    continue
+                raise KernelError(errno.EFAULT, f"the struct's tail at {address:#x} cannot be read")
+            address += chunk
+            length -= chunk
+            step = min(step * 2, 1 << 20)
+
+
+class MappedRegion(Protocol):
+    """What a file gives to mmap(2): the accesses behind a mapping."""
+
+    def read(self, offset: int, width: int) -> int: ...
+
+    def write(self, offset: int, width: int, value: int) -> None: ...
+
+    def unmapped(self) -> None:
+        """The mapping is gone."""
+
+
+class FileDescription:
+    """An open file. A subclass overrides the operations that it has."""
+
+    #: What `File.path` and /proc/PID/fd show.
+    path = "anon_inode:[unknown]"
+
+    def ioctl(self, call: SystemCall, request: int, arg: int) -> int:
+        raise KernelError(errno.ENOTTY, f"{self.path} has no ioctls")
+
+    def read(self, call: SystemCall, count: int, offset: int | None) -> bytes:
+        """`offset` None is read(2) at the file's own position."""
+        raise KernelError(errno.EINVAL, f"{self.path} cannot be read")
+
+    def write(self, call: SystemCall, data: bytes | bytearray | memoryview, offset: int | None) -> int:
+        raise KernelError(errno.EINVAL, f"{self.path} cannot be written")
+
+    def mmap(self, call: SystemCall, length: int, offset: int, prot: int, flags: int) -> MappedRegion:
+        raise KernelError(errno.ENODEV, f"{self.path} cannot be mapped")
+
+    def poll(self) -> int:
+        """The poll(2) events that are ready now. A file without the operation is always ready."""
+        return POLLIN | POLLOUT | POLLRDNORM | POLLWRNORM
+
+    def release(self) -> None:
+        """The last descriptor is gone."""

@@ -1,0 +1,244 @@
+"""The model of the kernel: a `Backend` in this process.
+
+`Kernel(machine, version)` boots the drivers of a fake machine and serves system calls on it. It owns the descriptor
+table, the tree of paths, the clients and the run queue; what the calls mean is in the subsystems (`iommufd`, `vfio`,
+`iommu`).
+
+Every call goes through `entered()`: hang-ups of closed descriptors and raw stores to mapped registers are dealt with
+first, then the call runs, then the run queue drains. There are no threads in the model and no call runs inside another,
+so the same calls give the same ids, addresses and events every time.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from fakedev.machine import Machine
+from fakedev.machine import machine as build_machine
+from kernel_model.client_memory import ClientBuffer, ClientMemory, MmBacking
+from kernel_model.door import Descriptor, ModelClient, ModelFile
+from kernel_model.errors import KernelBug, KernelError
+from kernel_model.file import FileDescription, SystemCall
+from kernel_model.page_alloc import PageAllocator
+from kernel_model.process import TASK_SIZE, Mm, Process, User
+from kernel_model.shared_files import SharedFiles
+from kernel_model.subsystems import boot
+from kernel_model.vfs import FileSystem
+from uapi.version import check_release
+
+if TYPE_CHECKING:
+    from kernel_model.iommu.core import Device
+
+_live: weakref.WeakSet[Kernel] = weakref.WeakSet()
+_ADDRESS_SPACES = 15
+
+
+class Kernel:
+    """A kernel of release `version` on `machine` (a name of `fakedev.machine`, or a `Machine`).
+
+    Raises ValueError for an unknown machine or release. Close it, or use it as a context manager: descriptors that are
+    still open then belong to no kernel any more.
+    """
+
+    name = "model"
+
+    def __init__(self, machine: str | Machine = "q35-vtd-legacy", version: str = "7.3") -> None:
+        check_release(version)
+        self.release = version
+        self.machine = build_machine(machine) if isinstance(machine, str) else machine
+        self.memory = self.machine.memory
+        self.pages = PageAllocator(self.memory)
+        self.shared_files = SharedFiles(self.memory)
+        self.files = FileSystem()
+        #: Devices as the driver core knows them, by name ("0000:00:10.0").
+        self.devices: dict[str, Device] = {}
+        self.watched_mappings: list[object] = []
+        self._users: dict[int, User] = {}
+        self._free_mms = list(range(_ADDRESS_SPACES, 0, -1))
+        self._processes: dict[int, Process] = {}
+        self._descriptors: dict[tuple[int, int], Descriptor] = {}
+        self._hangups = select.epoll()
+        self._by_fd: dict[int, Descriptor] = {}
+        self._queue: deque[Callable[[], None]] = deque()
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._dead = ""
+        self._buffers = ClientMemory()
+        self.process = self.add_process(os.getpid())
+        self.process.mm.buffers = self._buffers
+        _live.add(self)
+        boot(self)
+
+    # -- the Backend protocol ----------------------------------------------------------------------------------------
+
+    def open(self, path: str, flags: int = os.O_RDWR | os.O_CLOEXEC) -> ModelFile:
+        """open(2). ENOENT for a path that the model does not have; otherwise the node's own errnos."""
+        with self.entered():
+            description = self.files.open(SystemCall(self, self.process), path, flags)
+            return ModelFile(self, self.install(description, path), path)
+
+    def adopt(self, fd: int) -> ModelFile:
+        with self.entered():
+            return ModelFile(self, fd, self.description(fd).path)
+
+    def listdir(self, path: str) -> Sequence[str]:
+        with self.entered():
+            return self.files.listdir(path)
+
+    def readlink(self, path: str) -> str:
+        with self.entered():
+            return self.files.readlink(path)
+
+    def buffer(self, length: int, *, huge: bool = False) -> ClientBuffer:
+        return self._buffers.allocate(length, huge)
+
+    def spawn(self) -> ModelClient:
+        return ModelClient(self)
+
+    def status(self, field: str) -> int:
+        with self.entered():
+            return self.process.status(field)
+
+    def close(self) -> None:
+        """Shut the kernel down. Open descriptors are closed from its side."""
+        if self._dead:
+            return
+        for descriptor in list(self._descriptors.values()):
+            self._hang_up(descriptor)
+        self._drain()
+        self._dead = "the kernel is closed"
+        self._hangups.close()
+        for process in self._processes.values():
+            process.mm.close()
+        self.machine.close()
+
+    def __enter__(self) -> Kernel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def failure_notes(self) -> list[str]:
+        """What the hardware has to say about the last faulting DMAs, for a failing test's report."""
+        return list(self.machine.last_faults)
+
+    # -- for the subsystems ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """One system call: what happened outside is noticed first, deferred work is done before it returns."""
+        if self._dead:
+            raise KernelBug(self._dead)
+        with self._lock:
+            self._depth += 1
+            try:
+                if self._depth == 1:
+                    self._notice()
+                yield
+            finally:
+                if self._depth == 1 and self._queue:
+                    self._drain()
+                self._depth -= 1
+
+    def defer(self, work: Callable[[], None]) -> None:
+        """Run `work` before the current call returns."""
+        self._queue.append(work)
+
+    def install(self, description: FileDescription, path: str | None = None) -> int:
+        """A new descriptor in this process for an open file: O_CLOEXEC. EMFILE."""
+        if path is not None:
+            description.path = path
+        try:
+            theirs, ours = socket.socketpair()
+        except OSError as error:
+            description.release()
+            raise KernelError(error.errno or errno.EMFILE, "no descriptor is left") from error
+        ours.setblocking(False)
+        status = os.fstat(theirs.fileno())
+        descriptor = Descriptor(ours, (status.st_dev, status.st_ino), description)
+        self._descriptors[descriptor.key] = descriptor
+        self._by_fd[ours.fileno()] = descriptor
+        self._hangups.register(ours.fileno(), select.EPOLLHUP | select.EPOLLRDHUP)
+        return theirs.detach()
+
+    def description(self, fd: int, process: Process | None = None) -> FileDescription:
+        """fget(): the open file behind a descriptor of `process` (this one by default). EBADF."""
+        found = self.lookup(fd, process)
+        if found is None:
+            raise KernelError(errno.EBADF, f"descriptor {fd} is not a file of this kernel")
+        return found
+
+    def lookup(self, fd: int, process: Process | None = None) -> FileDescription | None:
+        """As `description`, but None for an open descriptor that is not the model's. EBADF if it is not open."""
+        try:
+            status = os.fstat(fd) if process is None or process.is_self else process.stat_fd(fd)
+        except (OSError, OverflowError) as error:
+            raise KernelError(errno.EBADF, f"descriptor {fd} is not open") from error
+        descriptor = self._descriptors.get((status.st_dev, status.st_ino))
+        return None if descriptor is None else descriptor.description
+
+    def user(self, uid: int) -> User:
+        """The `struct user_struct` of a uid."""
+        return self._users.setdefault(uid, User(uid))
+
+    def add_process(self, pid: int) -> Process:
+        """Make a process known as a client."""
+        if not self._free_mms:
+            raise OSError(errno.EAGAIN, "the model has room for 15 client processes")
+        mm = Mm(pid, self._free_mms.pop())
+        process = Process(pid, mm, pid == os.getpid())
+        self._processes[pid] = process
+        self.memory.add_window(mm.window, TASK_SIZE, MmBacking(mm))
+        return process
+
+    def process_exited(self, process: Process) -> None:
+        """A client is gone: its descriptors have closed, its memory no longer answers."""
+        if self._processes.pop(process.pid, None) is not None:
+            process.mm.exited()
+            with self.entered():
+                self.memory.remove_window(process.mm.window)
+                self._free_mms.append(process.mm.window // TASK_SIZE)
+
+    def disown(self, reason: str) -> None:
+        """Refuse every further call: this copy of the model is in a forked child."""
+        self._dead = reason
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _notice(self) -> None:
+        for fd, _events in self._hangups.poll(0):
+            descriptor = self._by_fd.get(fd)
+            if descriptor is not None:
+                self._hang_up(descriptor)
+        for mapping in self.watched_mappings:
+            mapping.deliver_raw_stores()  # type: ignore[attr-defined]  # a cycle with door.py otherwise
+        if self._queue:
+            self._drain()
+
+    def _hang_up(self, descriptor: Descriptor) -> None:
+        fd = descriptor.sock.fileno()
+        self._hangups.unregister(fd)
+        del self._by_fd[fd], self._descriptors[descriptor.key]
+        descriptor.sock.close()
+        descriptor.description.release()
+
+    def _drain(self) -> None:
+        while self._queue:
+            self._queue.popleft()()
+
+
+def _in_forked_child() -> None:
+    for kernel in list(_live):
+        kernel.disown("a Kernel belongs to the process that made it; a forked child needs one of its own")
+
+
+os.register_at_fork(after_in_child=_in_forked_child)

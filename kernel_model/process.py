@@ -1,0 +1,256 @@
+"""A client process as the kernel sees it: its memory, its credentials, its limits.
+
+Mirrors the parts of `struct mm_struct`, `struct cred` and `struct user_struct` that iommufd and VFIO look at. The memory
+is the real memory of a real process. Reading and writing it never trusts an address: `process_vm_readv(2)` and
+`process_vm_writev(2)` answer EFAULT where the kernel's `copy_from_user()` would.
+
+Every address space owns a window of the physical address space (`Mm.window`): the page at `va` is the physical page
+`window | va`, so that pages next to each other stay next to each other and large IOMMU pages can be used. Pages of
+shared files live elsewhere (`kernel_model/shared_files.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import resource
+import struct
+from typing import TYPE_CHECKING
+
+from kernel_model.errors import KernelError
+from uapi.linux import read_status
+
+if TYPE_CHECKING:
+    from kernel_model.client_memory import ClientMemory
+
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+PAGE_MASK = PAGE_SIZE - 1
+#: Bits of a user address on x86-64 with four-level tables; also the size of an address space's physical window.
+TASK_BITS = 47
+TASK_SIZE = 1 << TASK_BITS
+
+CAP_SETUID, CAP_SYS_RAWIO, CAP_SYS_ADMIN, CAP_SYS_RESOURCE, CAP_IPC_LOCK = 7, 17, 21, 24, 14
+RLIM_INFINITY = resource.RLIM_INFINITY
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_readv = _libc.process_vm_readv
+_writev = _libc.process_vm_writev
+for _call in (_readv, _writev):
+    _call.restype = ctypes.c_ssize_t
+    _call.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_ulong,
+        ctypes.c_void_p,
+        ctypes.c_ulong,
+        ctypes.c_ulong,
+    ]
+_capget = _libc.capget
+
+_PROCMAP_QUERY = 0xC0686611
+_PROCMAP_STRUCT = struct.Struct("<13Q")
+_COVERING_OR_NEXT = 0x10
+
+
+class _IoVec(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_uint64), ("length", ctypes.c_uint64)]
+
+
+class Vma:
+    """One line of /proc/PID/maps."""
+
+    __slots__ = ("device", "end", "exec", "inode", "offset", "read", "shared", "start", "write")
+
+    def __init__(self, start: int, end: int, perms: str, offset: int, device: tuple[int, int], inode: int) -> None:
+        self.start = start
+        self.end = end
+        self.read = perms[0] == "r"
+        self.write = perms[1] == "w"
+        self.exec = perms[2] == "x"
+        self.shared = perms[3] == "s"
+        self.offset = offset
+        self.device = device
+        self.inode = inode
+
+
+class Mm:
+    """An address space: `struct mm_struct`."""
+
+    def __init__(self, pid: int, index: int) -> None:
+        self.pid = pid
+        self.window = index << TASK_BITS
+        self.alive = True
+        #: Pages charged to VmPin and VmLck by this kernel.
+        self.pinned_vm = 0
+        self.locked_vm = 0
+        #: Client buffers whose lifetime the model controls; set for the model's own process only.
+        self.buffers: ClientMemory | None = None
+        self._local = _IoVec()
+        self._remote = _IoVec()
+        self._local_address = ctypes.addressof(self._local)
+        self._remote_address = ctypes.addressof(self._remote)
+        self._maps_fd = -1
+        self._query_works = True
+
+    def read(self, address: int, length: int) -> bytes:
+        """copy_from_user(): `length` bytes or EFAULT."""
+        if length == 0:
+            return b""
+        data = ctypes.create_string_buffer(length)
+        if self._transfer(_readv, address, ctypes.addressof(data), length) != length:
+            raise KernelError(errno.EFAULT, f"{length} bytes at {address:#x} cannot be read")
+        return data.raw
+
+    def read_some(self, address: int, length: int) -> bytes:
+        """As much of the range as can be read from its start, possibly nothing."""
+        data = ctypes.create_string_buffer(length)
+        done = self._transfer(_readv, address, ctypes.addressof(data), length)
+        return data.raw[: max(done, 0)]
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """copy_to_user(): all of `data` or EFAULT (what came before the fault has been written)."""
+        length = len(data)
+        if length == 0:
+            return
+        source = (ctypes.c_char * length).from_buffer_copy(data)
+        if self._transfer(_writev, address, ctypes.addressof(source), length) != length:
+            raise KernelError(errno.EFAULT, f"{length} bytes at {address:#x} cannot be written")
+
+    def _transfer(self, call: ctypes._NamedFuncPointer, address: int, local: int, length: int) -> int:
+        if address + length > TASK_SIZE or not self.alive:
+            return -1
+        self._local.base, self._local.length = local, length
+        self._remote.base, self._remote.length = address, length
+        return int(call(self.pid, self._local_address, 1, self._remote_address, 1, 0))
+
+    def vmas(self, start: int, end: int) -> list[Vma]:
+        """The mappings that intersect [start, end), ascending."""
+        if not self.alive:
+            return []
+        if self._query_works:
+            try:
+                return self._query(start, end)
+            except OSError:
+                self._query_works = False  # kernels before 6.11
+        found = []
+        with open(f"/proc/{self.pid}/maps", encoding="utf-8", errors="replace") as maps:
+            for line in maps:
+                span, perms, offset, device, inode, *_ = line.split(None, 5)
+                low, high = (int(part, 16) for part in span.split("-"))
+                if high <= start:
+                    continue
+                if low >= end:
+                    break
+                major, minor = (int(part, 16) for part in device.split(":"))
+                found.append(Vma(low, high, perms, int(offset, 16), (major, minor), int(inode)))
+        return found
+
+    def _query(self, start: int, end: int) -> list[Vma]:
+        if self._maps_fd < 0:
+            self._maps_fd = os.open(f"/proc/{self.pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
+        found = []
+        address = start
+        while address < end:
+            block = bytearray(_PROCMAP_STRUCT.pack(104, _COVERING_OR_NEXT, address, *(0,) * 10))
+            try:
+                fcntl.ioctl(self._maps_fd, _PROCMAP_QUERY, block)
+            except FileNotFoundError:
+                break
+            _, _, _, low, high, flags, _, offset, inode, device, *_ = _PROCMAP_STRUCT.unpack(block)
+            if low >= end:
+                break
+            perms = "".join(letter if flags & 1 << bit else "-" for bit, letter in enumerate("rwxs"))
+            found.append(Vma(low, high, perms, offset, (device & 0xFFFFFFFF, device >> 32), inode))
+            address = high
+        return found
+
+    def exited(self) -> None:
+        """The process is gone: nothing of its memory answers any more."""
+        self.alive = False
+        self.close()
+
+    def close(self) -> None:
+        if self._maps_fd >= 0:
+            os.close(self._maps_fd)
+            self._maps_fd = -1
+
+
+class User:
+    """`struct user_struct`: what all processes of one uid share."""
+
+    __slots__ = ("locked_vm", "uid")
+
+    def __init__(self, uid: int) -> None:
+        self.uid = uid
+        #: Pages charged in accounting mode USER.
+        self.locked_vm = 0
+
+
+class Process:
+    """A client: `current` and its group leader."""
+
+    def __init__(self, pid: int, mm: Mm, is_self: bool) -> None:
+        self.pid = pid
+        self.mm = mm
+        self.is_self = is_self
+        self._cap_head = (ctypes.c_uint32 * 2)(0x20080522, 0 if is_self else pid)
+        self._cap_data = (ctypes.c_uint32 * 6)()
+
+    def capable(self, capability: int) -> bool:
+        """capable(): whether the effective set has the capability."""
+        if _capget(self._cap_head, self._cap_data) != 0:
+            return False
+        return bool(self._cap_data[capability // 32 * 3] >> capability % 32 & 1)
+
+    def uid(self) -> int:
+        if self.is_self:
+            return os.getuid()
+        try:
+            with open(f"/proc/{self.pid}/status", encoding="ascii", errors="replace") as status:
+                for line in status:
+                    if line.startswith("Uid:"):
+                        return int(line.split()[1])
+        except FileNotFoundError:
+            pass
+        return 0
+
+    def rlimit_memlock(self) -> int:
+        """RLIMIT_MEMLOCK in bytes, or a number larger than any address space for "unlimited"."""
+        try:
+            soft, _ = resource.prlimit(self.pid, resource.RLIMIT_MEMLOCK)
+        except ProcessLookupError:
+            return 0
+        return 1 << 64 if soft == RLIM_INFINITY else soft
+
+    def stat_fd(self, fd: int) -> os.stat_result:
+        """Identify one of the process's descriptors; OSError EBADF if it is not open."""
+        if self.is_self:
+            return os.fstat(fd)
+        try:
+            return os.stat(f"/proc/{self.pid}/fd/{fd}")
+        except FileNotFoundError:
+            raise KernelError(errno.EBADF, f"descriptor {fd} is not open") from None
+
+    def take_fd(self, fd: int) -> int:
+        """A descriptor of the model's own for the same open file; EBADF if it is not open."""
+        try:
+            if self.is_self:
+                return os.dup(fd)
+            pidfd = os.pidfd_open(self.pid)
+            try:
+                taken = int(_libc.syscall(438, pidfd, fd, 0))  # pidfd_getfd
+            finally:
+                os.close(pidfd)
+            if taken < 0:
+                raise OSError(ctypes.get_errno(), "pidfd_getfd")
+            return taken
+        except OSError as error:
+            raise KernelError(errno.EBADF, f"descriptor {fd} is not open") from error
+
+    def status(self, field: str) -> int:
+        """A kB field of /proc/PID/status as this kernel would print it, in KiB."""
+        charged = {"VmPin": self.mm.pinned_vm, "VmLck": self.mm.locked_vm}.get(field, 0)
+        return read_status(self.pid, field) + charged * (PAGE_SIZE // 1024)

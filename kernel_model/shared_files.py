@@ -1,0 +1,100 @@
+"""Pages of shared files: memfds, shared anonymous memory, hugetlbfs.
+
+A page of a file is one page however often it is mapped, so it has one physical address, by (device, inode, offset). Every
+file with pinned pages owns a window of the physical address space; two mappings of one memfd, or a mapping and an
+`IOMMU_IOAS_MAP_FILE`, meet there.
+
+The file is mapped by the model too, so DMA copies directly. Before each access the file's size is asked, because a
+truncated mapping would raise SIGBUS; a real pin would have kept the page.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+from fakedev.memory import BusAbort, PhysicalMemory
+from kernel_model.errors import KernelBug
+from kernel_model.process import PAGE_SIZE, TASK_BITS
+
+#: Windows of shared files start above those of sixteen address spaces.
+FIRST_WINDOW = 16 << TASK_BITS
+WINDOW_SIZE = 1 << 41
+WINDOWS = ((1 << 52) - FIRST_WINDOW) // WINDOW_SIZE
+
+
+class SharedFile:
+    """A file with pinned pages, and its window."""
+
+    def __init__(self, fd: int, window: int) -> None:
+        self.fd = fd
+        self.window = window
+        self.users = 0
+        self._map: mmap.mmap | None = None
+        self._whole = memoryview(b"")
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        end = offset + length
+        size = os.fstat(self.fd).st_size
+        if end > (size + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE:
+            raise BusAbort(self.window | offset)
+        if end > len(self._whole):
+            try:
+                self._map = mmap.mmap(self.fd, (size + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE)
+            except OSError:
+                return None
+            self._whole = memoryview(self._map)
+        return self._whole[offset:end]
+
+    def read(self, offset: int, length: int) -> bytes:
+        view = self.view(offset, length)
+        return os.pread(self.fd, length, offset) if view is None else bytes(view)
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        view = self.view(offset, len(data))
+        if view is None:
+            os.pwrite(self.fd, data, offset)
+        else:
+            view[:] = data
+
+    def close(self) -> None:
+        self._whole.release()
+        self._map = None
+        os.close(self.fd)
+
+
+class SharedFiles:
+    """All files with pinned pages."""
+
+    def __init__(self, memory: PhysicalMemory) -> None:
+        self._memory = memory
+        self._files: dict[tuple[int, int], SharedFile] = {}
+        self._free = list(range(WINDOWS - 1, -1, -1))
+
+    def get(self, key: tuple[int, int], fd: int) -> SharedFile:
+        """The window of the file `key` = (device, inode), one user more; takes over `fd` or closes it."""
+        found = self._files.get(key)
+        if found is None:
+            if not self._free:
+                raise KernelBug("more shared files are pinned than the physical address space has windows for")
+            found = SharedFile(fd, FIRST_WINDOW + self._free.pop() * WINDOW_SIZE)
+            self._files[key] = found
+            self._memory.add_window(found.window, WINDOW_SIZE, found)
+        else:
+            os.close(fd)
+        found.users += 1
+        return found
+
+    def put(self, file: SharedFile) -> None:
+        file.users -= 1
+        if file.users == 0:
+            for key, value in self._files.items():
+                if value is file:
+                    del self._files[key]
+                    break
+            self._memory.remove_window(file.window)
+            self._free.append((file.window - FIRST_WINDOW) // WINDOW_SIZE)
+            file.close()
+
+    def __len__(self) -> int:
+        return len(self._files)

@@ -1,0 +1,169 @@
+"""The paths a client sees: device nodes and sysfs.
+
+A tree of directories, symbolic links and files. Subsystems add what they publish and remove it again; nothing here
+knows what it is. Only what IOMMU and VFIO clients walk exists.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+from kernel_model.errors import KernelError
+from kernel_model.file import FileDescription, SystemCall
+
+#: Makes the open file for a node: called with the opening call and the open flags.
+Opener = Callable[[SystemCall, int], FileDescription]
+_LINKS = 40
+
+
+class Directory(dict[str, "Node"]):
+    """Names to nodes."""
+
+
+class Link:
+    """A symbolic link."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+
+class Special:
+    """A device node."""
+
+    def __init__(self, opener: Opener) -> None:
+        self.open = opener
+
+
+Node = Directory | Link | Special
+
+
+class SysfsFile(FileDescription):
+    """An open sysfs attribute: `show` makes the text, `store` takes one write."""
+
+    def __init__(
+        self, path: str, show: Callable[[], bytes] | None, store: Callable[[SystemCall, bytes], None] | None
+    ) -> None:
+        self.path = path
+        self._show = show
+        self._store = store
+        self._position = 0
+
+    def read(self, call: SystemCall, count: int, offset: int | None) -> bytes:
+        if self._show is None:
+            raise KernelError(errno.EIO, f"{self.path} has no show()")
+        start = self._position if offset is None else offset
+        data = self._show()[start : start + count]
+        if offset is None:
+            self._position += len(data)
+        return data
+
+    def write(self, call: SystemCall, data: bytes | bytearray | memoryview, offset: int | None) -> int:
+        if self._store is None:
+            raise KernelError(errno.EIO, f"{self.path} has no store()")
+        self._store(call, bytes(data))
+        return len(data)
+
+
+class FileSystem:
+    """The tree."""
+
+    def __init__(self) -> None:
+        self.root = Directory()
+
+    def add_node(self, path: str, opener: Opener) -> None:
+        """A device node."""
+        self._parent(path)[_name(path)] = Special(opener)
+
+    def add_file(
+        self,
+        path: str,
+        show: Callable[[], bytes] | None,
+        store: Callable[[SystemCall, bytes], None] | None = None,
+    ) -> None:
+        """A sysfs attribute."""
+        self.add_node(path, lambda call, flags: SysfsFile(path, show, store))
+
+    def add_link(self, path: str, target: str) -> None:
+        self._parent(path)[_name(path)] = Link(target)
+
+    def add_directory(self, path: str) -> None:
+        self._parent(path).setdefault(_name(path), Directory())
+
+    def remove(self, path: str) -> None:
+        """Take a node, a link or a whole directory away."""
+        self._parent(path).pop(_name(path), None)
+
+    def open(self, call: SystemCall, path: str, flags: int) -> FileDescription:
+        node = self._walk(path)
+        if isinstance(node, Directory):
+            raise KernelError(errno.EISDIR, f"{path} is a directory")
+        assert isinstance(node, Special)
+        description = node.open(call, flags)
+        return description
+
+    def listdir(self, path: str) -> list[str]:
+        node = self._walk(path)
+        if not isinstance(node, Directory):
+            raise KernelError(errno.ENOTDIR, f"{path} is not a directory")
+        return sorted(node)
+
+    def readlink(self, path: str) -> str:
+        node = self._walk(path, follow_last=False)
+        if not isinstance(node, Link):
+            raise KernelError(errno.EINVAL, f"{path} is not a symbolic link")
+        return node.target
+
+    def exists(self, path: str) -> bool:
+        try:
+            self._walk(path)
+        except KernelError:
+            return False
+        return True
+
+    def _parent(self, path: str) -> Directory:
+        node = self.root
+        for part in _parts(path)[:-1]:
+            child = node.setdefault(part, Directory())
+            if not isinstance(child, Directory):
+                raise KernelError(errno.ENOTDIR, path)
+            node = child
+        return node
+
+    def _walk(self, path: str, follow_last: bool = True) -> Node:
+        parts = _parts(path)
+        stack: list[Directory] = [self.root]
+        node: Node = self.root
+        links = 0
+        while parts:
+            part = parts.pop(0)
+            if part == "..":
+                if len(stack) > 1:
+                    stack.pop()
+                node = stack[-1]
+                continue
+            here = stack[-1]
+            if part not in here:
+                raise KernelError(errno.ENOENT, path)
+            node = here[part]
+            if isinstance(node, Link) and (parts or follow_last):
+                links += 1
+                if links > _LINKS:
+                    raise KernelError(errno.ELOOP, path)
+                if node.target.startswith("/"):
+                    stack = [self.root]
+                parts = _parts(node.target) + parts
+                node = stack[-1]
+            elif isinstance(node, Directory):
+                stack.append(node)
+            elif parts:
+                raise KernelError(errno.ENOTDIR, path)
+        return node
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in path.split("/") if part not in ("", ".")]
+
+
+def _name(path: str) -> str:
+    return _parts(path)[-1]
