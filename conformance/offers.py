@@ -1,0 +1,110 @@
+"""What a kernel and its host offer to a test: the probes behind `@pytest.mark.needs(...)`.
+
+A probe takes a backend and returns None, or in one clause what is missing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable
+
+from uapi.backend import DEV_IOMMU, Backend
+
+#: QEMU's educational device, the DMA engine that the suite drives.
+EDU = ("0x1234", "0x11e8")
+PCI_DEVICES = "/sys/bus/pci/devices"
+HUGE_PAGE = 2 << 20
+#: IOMMU_TEST_CMD of drivers/iommu/iommufd/iommufd_test.h: _IO(';', 0xa0).
+_IOMMU_TEST_CMD = 0x3BA0
+
+
+def sysfs(backend: Backend, path: str) -> str:
+    """The text of a sysfs attribute, stripped."""
+    with backend.open(path, os.O_RDONLY) as file:
+        return file.read(4096).decode().strip()
+
+
+def find_edu(backend: Backend) -> str | None:
+    """The PCI address of the first `edu` device, e.g. "0000:00:10.0"."""
+    try:
+        for name in sorted(backend.listdir(PCI_DEVICES)):
+            ids = tuple(sysfs(backend, f"{PCI_DEVICES}/{name}/{attribute}") for attribute in ("vendor", "device"))
+            if ids == EDU:
+                return name
+    except OSError:
+        return None
+    return None
+
+
+def _iommu(backend: Backend) -> str | None:
+    try:
+        backend.open(DEV_IOMMU).close()
+    except OSError as error:
+        return f"{DEV_IOMMU} does not open ({errno.errorcode.get(error.errno or 0, error.errno)})"
+    return None
+
+
+def _root(backend: Backend) -> str | None:
+    # The model's clients have the credentials it gives them, whoever runs it.
+    return "not root" if backend.name == "linux" and os.geteuid() != 0 else None
+
+
+def _mock(backend: Backend) -> str | None:
+    with backend.open(DEV_IOMMU) as file:
+        try:
+            file.ioctl(_IOMMU_TEST_CMD, bytearray(b"\x08\0\0\0\0\0\0\0"))
+        except OSError as error:
+            if error.errno == errno.ENOTTY:
+                return "no mock driver (CONFIG_IOMMUFD_TEST)"
+    return None
+
+
+def _dma_device(backend: Backend) -> str | None:
+    return None if find_edu(backend) else "no edu device (PCI 1234:11e8)"
+
+
+def _vfio_cdev(backend: Backend) -> str | None:
+    address = find_edu(backend)
+    if address is None:
+        return "no edu device (PCI 1234:11e8)"
+    try:
+        backend.listdir("/sys/bus/pci/drivers/vfio-pci")
+        backend.listdir("/dev/vfio")
+    except OSError:
+        return "no vfio-pci driver"
+    return None
+
+
+def _huge_pages(backend: Backend) -> str | None:
+    try:
+        backend.buffer(HUGE_PAGE, huge=True).close()
+    except OSError:
+        return "no free 2 MiB huge page"
+    return None
+
+
+def _memfd(backend: Backend) -> str | None:
+    try:
+        os.close(os.memfd_create("iommulab-probe"))
+    except OSError:
+        return "no memfd_create"
+    return None
+
+
+PROBES: dict[str, Callable[[Backend], str | None]] = {
+    "iommu": _iommu,
+    "root": _root,
+    "mock": _mock,
+    "dma_device": _dma_device,
+    "vfio_cdev": _vfio_cdev,
+    "huge_pages": _huge_pages,
+    "memfd": _memfd,
+}
+
+
+def version(release: str) -> tuple[int, ...]:
+    """("7.3.4-oracle") -> (7, 3, 4); only the leading numbers count."""
+    found = re.match(r"\d+(\.\d+)*", release)
+    return tuple(int(part) for part in found.group().split(".")) if found else ()
