@@ -13,27 +13,57 @@ To mypy a `u32` is an `int`; at run time it is `ctypes.c_uint32`. A name with tw
 (`cmd.__reserved`), as in the header. What a class body cannot say by its annotation alone is said by its value:
 
     fault_id: u32 = since("6.11")                     # the field came later than the struct
+    size: aligned_u64 = was(u64, until="6.7")          # the field had another C type
     devices: carray[vfio_pci_dependent_device] = length(0)     # an array; length 0 is a flexible one
     anon0: _Choice = anonymous()                      # an unnamed union or struct: its members are reached directly
 
-What a declaration also carries, `fields_of()` returns. Only the standard library is used here, so that the ABI can be
-loaded inside any guest.
+`aligned_u64` is the headers' `__aligned_u64`: the same as `u64` on a 64-bit machine, and 8-byte aligned on i386 too. A
+struct or union whose Python name begins with an underscore has no name in the header.
+
+What a declaration also carries, `fields_of()` returns; `uapi.layout` cuts a struct down to an earlier release with it.
+Only the standard library is used here, so that the ABI can be loaded inside any guest.
 """
 
 from __future__ import annotations
 
 import ctypes
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
-    u8 = u16 = u32 = u64 = s32 = s64 = int
-    carray = ctypes.Array
+    u8 = int
+    u16 = int
+    u32 = int
+    u64 = int
+    s32 = int
+    s64 = int
+    aligned_u64 = int
+    aligned_le64 = int
+    u64_ptr = int
+
+    _E = TypeVar("_E")
+
+    class carray(Sequence[_E]):
+        """A C array as the type checker sees it: what `ctypes.Array` offers, by the element's Python type."""
+
+        def __setitem__(self, index: int | slice, value: Any) -> None: ...
+
 else:
     u8, u16, u32, u64 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64
     s32, s64 = ctypes.c_int32, ctypes.c_int64
+
+    class CType:
+        """A C type that says more than its ctypes stand-in: how the header names it, and an alignment of its own."""
+
+        def __init__(self, text, ctype, align=None, pointer=False):
+            self.text, self.ctype, self.align, self.pointer = text, ctype, align, pointer
+
+    aligned_u64 = CType("__u64", u64, align=8)
+    aligned_le64 = CType("__le64", u64, align=8)
+    u64_ptr = CType("__u64 *", ctypes.c_size_t, pointer=True)  # an address, kept as an int
 
     class carray:
         """`carray[u64] = length(n)`: a C array of n elements."""
@@ -57,6 +87,7 @@ class Was:
 
     ctype: Any
     until: str
+    backports: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +106,11 @@ def since(release: str, *, backports: tuple[str, ...] = (), was: Was | None = No
     return FieldSpec(since=release, backports=backports, was=was)
 
 
+def was(ctype: Any, *, until: str, backports: tuple[str, ...] = ()) -> Any:
+    """The field had another C type before release `until` (and before the stable releases in `backports`)."""
+    return FieldSpec(was=Was(ctype, until, backports))
+
+
 def length(count: int, *, since: str | None = None, backports: tuple[str, ...] = (), was: Was | None = None) -> Any:
     """The number of elements of a `carray` (0: a flexible array member)."""
     return FieldSpec(since=since, backports=backports, count=count, was=was)
@@ -87,11 +123,18 @@ def anonymous(*, since: str | None = None) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One member of a struct as declared."""
+    """One member of a struct as declared.
+
+    `ctype` is the ctypes type of the element (or of the member itself where it is no array); `text` the header's name
+    for it; `align` is 8 where the header asks for it on every architecture.
+    """
 
     name: str
     ctype: Any
     spec: FieldSpec
+    text: str = ""
+    align: int | None = None
+    pointer: bool = False
 
 
 @dataclass(slots=True)
@@ -102,6 +145,7 @@ class StructInfo:
     since: str
     backports: tuple[str, ...] = ()
     header: str = ""
+    packed: bool = False
     fields: list[Field] = field(default_factory=list)
 
 
@@ -127,27 +171,52 @@ class Union(ctypes.Union):
 S = TypeVar("S", bound="type[Struct] | type[Union]")
 
 
-def cstruct(*, since: str = OLDEST, backports: tuple[str, ...] = (), header: str = "") -> Callable[[S], S]:
-    """Give the annotated class its C layout. `since` is the release whose header first has the struct."""
+_TEXT = {u8: "__u8", u16: "__u16", u32: "__u32", u64: "__u64", s32: "__s32", s64: "__s64"}
+
+
+def ctext(ctype: Any) -> str:
+    """The header's name of a C type: `__u32`, `struct iommu_iova_range`, `union <anonymous>`."""
+    if ctype in _TEXT:
+        return _TEXT[ctype]
+    kind = "union" if issubclass(ctype, ctypes.Union) else "struct"
+    return f"{kind} {'<anonymous>' if ctype.__name__.startswith('_') else ctype.__name__}"
+
+
+def resolve(annotation: Any) -> tuple[Any, str, int | None, bool]:
+    """An annotation's ctypes type, its name in the header, its own alignment, and whether it is a pointer."""
+    if hasattr(annotation, "text"):
+        return annotation.ctype, annotation.text, annotation.align, annotation.pointer
+    return annotation, ctext(annotation), None, False
+
+
+def cstruct(*, since: str = OLDEST, backports: tuple[str, ...] = (), packed: bool = False) -> Callable[[S], S]:
+    """Give the annotated class its C layout. `since` is the release whose header first has the struct.
+
+    The header's name is taken from `HEADER` in the module that declares the struct.
+    """
 
     def apply(cls: S) -> S:
-        info = StructInfo(cls.__name__, since, backports, header)
+        header = getattr(sys.modules[cls.__module__], "HEADER", "")
+        info = StructInfo(cls.__name__, since, backports, header, packed)
         mangled = f"_{cls.__name__.lstrip('_')}__"
         layout: list[tuple[str, Any]] = []
         unnamed: list[str] = []
-        for key, annotation in inspect.get_annotations(cls).items():
+        for key, annotation in inspect.get_annotations(cls, eval_str=True).items():
             name = "__" + key[len(mangled) :] if key.startswith(mangled) else key
             spec = cls.__dict__.get(key, FieldSpec())
-            if isinstance(annotation, _ArrayOf):
-                if spec.count is None:
-                    raise TypeError(f"{cls.__name__}.{name}: an array needs `= length(n)`")
-                annotation = annotation.element * spec.count
+            is_array = isinstance(annotation, _ArrayOf)
+            if is_array != (spec.count is not None):
+                raise TypeError(f"{cls.__name__}.{name}: `carray[...]` and `= length(n)` go together")
+            element, text, align, pointer = resolve(annotation.element if is_array else annotation)
             if key in cls.__dict__:
                 delattr(cls, key)
             if spec.anonymous:
                 unnamed.append(name)
-            layout.append((name, annotation))
-            info.fields.append(Field(name, annotation, spec))
+            layout.append((name, element * spec.count if is_array else element))
+            info.fields.append(Field(name, element, spec, text, align, pointer))
+        if packed:
+            cls._pack_ = 1
+            cls._layout_ = "ms"  # type: ignore[union-attr]  # what `_pack_` implies; newer Pythons want it said
         if unnamed:
             cls._anonymous_ = unnamed
         cls._fields_ = layout
