@@ -27,6 +27,8 @@ from uapi.backend import DEV_IOMMU, Backend
 from uapi.decode import render_all
 from uapi.trace import RecordedFile, Recorder
 
+pytest_plugins = ["conformance.drivers.fixtures"]
+
 #: For the test that runs now; the report hook empties it.
 _RECORDER = pytest.StashKey[Recorder]()
 _FACTORY = pytest.StashKey[Callable[[], Backend]]()
