@@ -1,7 +1,7 @@
 """Client memory behind physical addresses.
 
-`ClientMemory` holds the buffers that `Kernel.buffer()` gave out. Such memory cannot vanish under a DMA: closing a buffer
-while the model may still reach it only marks it, so copies go directly, without asking the host's kernel.
+`ClientMemory` holds the buffers that `Kernel.buffer()` gave out. Such memory cannot vanish under a DMA: closing a
+buffer while the model may still reach it only marks it, so copies go directly, without asking the host's kernel.
 
 `MmBacking` is what answers for one address space's window of the physical address space: directly inside a live buffer
 of the model's own process, by `process_vm_readv/writev` elsewhere, and with `BusAbort` where the memory is gone.

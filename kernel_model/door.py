@@ -1,9 +1,9 @@
 """The client's side of the model's files: what `Kernel.open` returns.
 
 Behind every open file of the model stands a real descriptor, one end of a socketpair; the model holds the other. So
-select and asyncio can watch it, dup, fork and SCM_RIGHTS copy it, and its last close, wherever that happens, hangs up the
-model's end. A call identifies its file by the descriptor's (device, inode), never by the number, so a `File` whose number
-was closed behind its back gives EBADF, and one whose number now names another file reaches that one.
+select and asyncio can watch it, dup, fork and SCM_RIGHTS copy it, and its last close, wherever that happens, hangs up
+the model's end. A call identifies its file by the descriptor's (device, inode), never by the number, so a `File` whose
+number was closed behind its back gives EBADF, and one whose number now names another file reaches that one.
 
 `ModelMapping` is what `File.mmap` returns. `read` and `write` are device accesses. Its bytes are ordinary memory: a raw
 store through them is noticed at the next call of any kind and delivered then, in address order, as 4-byte stores.
@@ -57,6 +57,10 @@ class ModelMapping:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._seen: bytes | None = None
         self._open = True
+        kernel.mappings.append(self)
+
+    def overlaps(self, start: int, length: int) -> bool:
+        return start < self._address + self.length and start + length > self._address
 
     @property
     def address(self) -> int:
@@ -116,6 +120,7 @@ class ModelMapping:
         if self._open:
             with self._kernel.entered():
                 self._open = False
+                self._kernel.mappings.remove(self)
                 if self in self._kernel.watched_mappings:
                     self._kernel.watched_mappings.remove(self)
                 self._region.unmapped()

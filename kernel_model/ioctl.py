@@ -17,7 +17,7 @@ from kernel_model.errors import KernelError
 from kernel_model.file import SystemCall
 from uapi.cstruct import Struct
 from uapi.ioctl import Ioctl
-from uapi.version import ioctl_size
+from uapi.profile import profile
 
 C = TypeVar("C")
 S = TypeVar("S", bound=Struct)
@@ -77,10 +77,11 @@ class IoctlTable:
     def flatten(self, release: str) -> dict[int, IoctlEntry]:
         """The table of `release`, by ioctl number's low byte."""
         table: dict[int, IoctlEntry] = {}
-        for ioctl, handler in self.handlers.values():
-            sizes = ioctl_size(ioctl, release)
+        known = profile(release).ioctls
+        for name, (ioctl, handler) in self.handlers.items():
+            sizes = known.get(name)
             if sizes is not None and ioctl.struct is not None:
-                table[ioctl.nr] = IoctlEntry(ioctl.number, ioctl.struct, sizes[0], sizes[1], handler)
+                table[ioctl.nr] = IoctlEntry(ioctl.number, ioctl.struct, sizes.min_size, sizes.size, handler)
         return table
 
 

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 
 from fakedev.machine import Machine
 from fakedev.machine import machine as build_machine
+
 from kernel_model.client_memory import ClientBuffer, ClientMemory, MmBacking
-from kernel_model.door import Descriptor, ModelClient, ModelFile
+from kernel_model.door import Descriptor, ModelClient, ModelFile, ModelMapping
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.file import FileDescription, SystemCall
 from kernel_model.page_alloc import PageAllocator
@@ -33,10 +34,12 @@ from kernel_model.process import TASK_SIZE, Mm, Process, User
 from kernel_model.shared_files import SharedFiles
 from kernel_model.subsystems import boot
 from kernel_model.vfs import FileSystem
-from uapi.version import check_release
+from uapi.cstruct import OLDEST
+from uapi.version import NEWEST, parse
 
 if TYPE_CHECKING:
     from kernel_model.iommu.core import Device
+    from kernel_model.iommufd.ctx import Context
 
 _live: weakref.WeakSet[Kernel] = weakref.WeakSet()
 _ADDRESS_SPACES = 15
@@ -52,7 +55,8 @@ class Kernel:
     name = "model"
 
     def __init__(self, machine: str | Machine = "q35-vtd-legacy", version: str = "7.3") -> None:
-        check_release(version)
+        if not parse(OLDEST).series <= parse(version).series <= parse(NEWEST).series:
+            raise ValueError(f"{version} is no release that the model knows: {OLDEST} to {NEWEST}")
         self.release = version
         self.machine = build_machine(machine) if isinstance(machine, str) else machine
         self.memory = self.machine.memory
@@ -61,7 +65,13 @@ class Kernel:
         self.files = FileSystem()
         #: Devices as the driver core knows them, by name ("0000:00:10.0").
         self.devices: dict[str, Device] = {}
-        self.watched_mappings: list[object] = []
+        #: Contexts of /dev/iommu that are alive.
+        self.contexts: set[Context] = set()
+        #: Module parameter of iommufd: bind devices whose MSIs are not isolated.
+        self.allow_unsafe_interrupts = False
+        #: Mappings of device registers: all, and those whose raw stores are looked for.
+        self.mappings: list[ModelMapping] = []
+        self.watched_mappings: list[ModelMapping] = []
         self._users: dict[int, User] = {}
         self._free_mms = list(range(_ADDRESS_SPACES, 0, -1))
         self._processes: dict[int, Process] = {}
@@ -186,6 +196,14 @@ class Kernel:
         descriptor = self._descriptors.get((status.st_dev, status.st_ino))
         return None if descriptor is None else descriptor.description
 
+    def notice_closed(self) -> None:
+        """Deal with descriptors that the call being served has itself closed."""
+        self._notice()
+
+    def maps_device(self, process: Process, start: int, length: int) -> bool:
+        """Whether a range of the process's memory is a mapping of device registers (VM_PFNMAP)."""
+        return process.is_self and any(mapping.overlaps(start, length) for mapping in self.mappings)
+
     def user(self, uid: int) -> User:
         """The `struct user_struct` of a uid."""
         return self._users.setdefault(uid, User(uid))
@@ -220,7 +238,7 @@ class Kernel:
             if descriptor is not None:
                 self._hang_up(descriptor)
         for mapping in self.watched_mappings:
-            mapping.deliver_raw_stores()  # type: ignore[attr-defined]  # a cycle with door.py otherwise
+            mapping.deliver_raw_stores()
         if self._queue:
             self._drain()
 

@@ -1,7 +1,7 @@
 """A client process as the kernel sees it: its memory, its credentials, its limits.
 
-Mirrors the parts of `struct mm_struct`, `struct cred` and `struct user_struct` that iommufd and VFIO look at. The memory
-is the real memory of a real process. Reading and writing it never trusts an address: `process_vm_readv(2)` and
+Mirrors the parts of `struct mm_struct`, `struct cred` and `struct user_struct` that iommufd and VFIO look at. The
+memory is the real memory of a real process. Reading and writing it never trusts an address: `process_vm_readv(2)` and
 `process_vm_writev(2)` answer EFAULT where the kernel's `copy_from_user()` would.
 
 Every address space owns a window of the physical address space (`Mm.window`): the page at `va` is the physical page

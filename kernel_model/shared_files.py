@@ -1,7 +1,7 @@
 """Pages of shared files: memfds, shared anonymous memory, hugetlbfs.
 
-A page of a file is one page however often it is mapped, so it has one physical address, by (device, inode, offset). Every
-file with pinned pages owns a window of the physical address space; two mappings of one memfd, or a mapping and an
+A page of a file is one page however often it is mapped, so it has one physical address, by (device, inode, offset).
+Every file with pinned pages owns a window of the physical address space; two mappings of one memfd, or a mapping and an
 `IOMMU_IOAS_MAP_FILE`, meet there.
 
 The file is mapped by the model too, so DMA copies directly. Before each access the file's size is asked, because a

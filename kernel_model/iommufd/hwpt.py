@@ -1,0 +1,120 @@
+"""HWPTs: a domain of the IOMMU as an object, after hw_pagetable.c of drivers/iommu/iommufd.
+
+A paging HWPT holds what its IOAS maps. An automatic one is made by attaching a device to an IOAS and dies with its last
+attachment. Left out: nested HWPTs, for which the IOMMU of the model's machines has no hardware.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Protocol
+
+from kernel_model.errors import KernelError
+from kernel_model.ioctl import UserCommand
+from kernel_model.iommu import core
+from kernel_model.iommufd.ctx import Context
+from kernel_model.iommufd.eventq import Fault
+from kernel_model.iommufd.ioas import Ioas
+from kernel_model.iommufd.object import Object
+from uapi.iommufd import (
+    IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
+    IOMMU_HWPT_ALLOC_NEST_PARENT,
+    IOMMU_HWPT_ALLOC_PASID,
+    IOMMU_HWPT_FAULT_ID_VALID,
+    iommu_hwpt_alloc,
+)
+
+_FLAGS = (
+    IOMMU_HWPT_ALLOC_NEST_PARENT | IOMMU_HWPT_ALLOC_DIRTY_TRACKING | IOMMU_HWPT_FAULT_ID_VALID | IOMMU_HWPT_ALLOC_PASID
+)
+
+
+class UserData:
+    """`struct iommu_user_data`: a driver's own struct in the caller's memory."""
+
+    __slots__ = ("address", "call", "length", "type")
+
+    def __init__(self, ucmd: UserCommand[Context, iommu_hwpt_alloc]) -> None:
+        self.call = ucmd.call
+        self.type: int = ucmd.cmd.data_type
+        self.address: int = ucmd.cmd.data_uptr
+        self.length: int = ucmd.cmd.data_len
+
+
+class HwptPaging(Object):
+    """`struct iommufd_hwpt_paging`."""
+
+    __slots__ = ("auto_domain", "domain", "fault", "ioas", "nest_parent", "pasid_compat")
+
+    def __init__(self, ctx: Context, ioas: Ioas, flags: int) -> None:
+        super().__init__(ctx)
+        self.domain: core.Domain | None = None
+        self.ioas = ioas
+        self.fault: Fault | None = None
+        self.auto_domain = False
+        self.nest_parent = bool(flags & IOMMU_HWPT_ALLOC_NEST_PARENT)
+        self.pasid_compat = bool(flags & IOMMU_HWPT_ALLOC_PASID)
+        ioas.users += 1
+
+    def destroy(self) -> None:
+        if self in self.ioas.hwpts:
+            assert self.domain is not None
+            self.ioas.hwpts.remove(self)
+            self.ioas.iopt.remove_domain(self.domain)
+        if self.domain is not None:
+            self.domain.free()
+            self.domain = None
+        if self.fault is not None:
+            self.fault.users -= 1
+        self.ioas.users -= 1
+
+
+class Attachment(Protocol):
+    """An attachment that `paging_alloc` makes, and undoes when a later step fails."""
+
+    def attach(self, hwpt: HwptPaging) -> None: ...
+
+    def detach(self) -> None: ...
+
+
+def paging_alloc(
+    ctx: Context,
+    ioas: Ioas,
+    dev: core.Device,
+    enforce_cache_coherency: bool,
+    flags: int,
+    user_data: UserData | None,
+    attachment: Attachment | None,
+) -> HwptPaging:
+    """iommufd_hwpt_paging_alloc(): a domain for the device, filled with what the IOAS maps; not yet visible.
+
+    With `attachment` the device is attached before the domain is filled. EOPNOTSUPP: unknown flags, dirty tracking
+    that the device lacks, or faults for a nesting parent. Then the driver's errnos, the attachment's, and those of
+    `IoPagetable.add_domain`.
+    """
+    driver = dev.iommu
+    if driver is None:
+        raise KernelError(errno.ENODEV, "the device has no IOMMU")
+    if flags & ~_FLAGS:
+        raise KernelError(errno.EOPNOTSUPP, f"flags {flags:#x}")
+    if flags & IOMMU_HWPT_ALLOC_DIRTY_TRACKING and not driver.capable(dev, core.IOMMU_CAP_DIRTY_TRACKING):
+        raise KernelError(errno.EOPNOTSUPP, "the device's IOMMU tracks no dirty pages")
+    if flags & IOMMU_HWPT_FAULT_ID_VALID and flags & IOMMU_HWPT_ALLOC_NEST_PARENT:
+        raise KernelError(errno.EOPNOTSUPP, "a nesting parent reports no faults")
+    hwpt = HwptPaging(ctx, ioas, flags)
+    attached = False
+    try:
+        hwpt.domain = driver.domain_alloc_paging_flags(dev, flags & ~IOMMU_HWPT_FAULT_ID_VALID, user_data)
+        if enforce_cache_coherency and not hwpt.domain.enforce_cache_coherency():
+            raise KernelError(errno.EINVAL, "the domain cannot enforce cache coherency")
+        if attachment is not None:
+            attachment.attach(hwpt)
+            attached = True
+        ioas.iopt.add_domain(hwpt.domain)
+    except KernelError:
+        if attached and attachment is not None:
+            attachment.detach()
+        ctx.objects.abort(hwpt)
+        raise
+    ioas.hwpts.append(hwpt)
+    return hwpt

@@ -1,0 +1,78 @@
+"""The ioctls of HWPTs, after hw_pagetable.c of drivers/iommu/iommufd. The object itself is in `hwpt`."""
+
+from __future__ import annotations
+
+import errno
+
+from kernel_model.errors import KernelError
+from kernel_model.ioctl import UserCommand
+from kernel_model.iommufd.ctx import Context, table
+from kernel_model.iommufd.device import IommufdDevice
+from kernel_model.iommufd.eventq import Fault
+from kernel_model.iommufd.hwpt import HwptPaging, UserData, paging_alloc
+from kernel_model.iommufd.ioas import Ioas
+from kernel_model.iommufd.object import Object
+from uapi.iommufd import (
+    IOMMU_HWPT_ALLOC,
+    IOMMU_HWPT_DATA_NONE,
+    IOMMU_HWPT_FAULT_ID_VALID,
+    IOMMU_HWPT_INVALIDATE,
+    iommu_hwpt_alloc,
+    iommu_hwpt_invalidate,
+)
+
+#: The most entries of one invalidation, and the longest entry.
+_INVALIDATE_ENTRIES_MAX, _INVALIDATE_ENTRY_LENGTH_MAX = 1 << 19, 4096
+
+
+@table.handles(IOMMU_HWPT_ALLOC)
+def hwpt_alloc(ucmd: UserCommand[Context, iommu_hwpt_alloc]) -> None:
+    """In order: EOPNOTSUPP reserved bits; EINVAL data without a type or a type without data; ENOENT device; EINVAL no
+    such page table, or one of a wrong kind; `paging_alloc`, or EOPNOTSUPP / EINVAL for a nested one; ENOENT fault
+    queue; EFAULT the reply. On an error there is no HWPT."""
+    cmd, ctx = ucmd.cmd, ucmd.ctx
+    if cmd.__reserved:
+        raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
+    if (cmd.data_type == IOMMU_HWPT_DATA_NONE) != (cmd.data_len == 0):
+        raise KernelError(errno.EINVAL, f"data type {cmd.data_type} with {cmd.data_len} bytes")
+    idev = ctx.objects.get(cmd.dev_id, IommufdDevice)
+    try:
+        parent = ctx.objects.get(cmd.pt_id, Object)
+    except KernelError as error:
+        raise KernelError(errno.EINVAL, f"no object has the id {cmd.pt_id}") from error
+    if isinstance(parent, Ioas):
+        data = UserData(ucmd) if cmd.data_len else None
+        hwpt = paging_alloc(ctx, parent, idev.dev, idev.enforce_cache_coherency, cmd.flags, data, None)
+    elif isinstance(parent, HwptPaging):
+        raise KernelError(errno.EOPNOTSUPP, "the device's IOMMU has no nested translation")
+    else:
+        raise KernelError(errno.EINVAL, f"object {cmd.pt_id} is no page table")
+    try:
+        if cmd.flags & IOMMU_HWPT_FAULT_ID_VALID:
+            hwpt.fault = ctx.objects.get(cmd.fault_id, Fault)
+            hwpt.fault.users += 1
+        cmd.out_hwpt_id = hwpt.id
+        ucmd.respond()
+    except KernelError:
+        ctx.objects.abort(hwpt)
+        raise
+    ctx.objects.finalize(hwpt)
+
+
+@table.handles(IOMMU_HWPT_INVALIDATE)
+def hwpt_invalidate(ucmd: UserCommand[Context, iommu_hwpt_invalidate]) -> None:
+    """EOPNOTSUPP: reserved bits. EINVAL: entries without an address or a length, too long or too many; an object that
+    has no cache. ENOENT. `entry_num` is written back as 0 in each of these cases; EFAULT if it cannot be."""
+    cmd = ucmd.cmd
+    try:
+        if cmd.__reserved:
+            raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
+        bad_entry = not cmd.data_uptr or not 0 < cmd.entry_len <= _INVALIDATE_ENTRY_LENGTH_MAX
+        if cmd.entry_num and (bad_entry or cmd.entry_num > _INVALIDATE_ENTRIES_MAX):
+            raise KernelError(errno.EINVAL, f"{cmd.entry_num} entries of {cmd.entry_len} bytes")
+        ucmd.ctx.objects.get(cmd.hwpt_id, Object)
+        raise KernelError(errno.EINVAL, f"object {cmd.hwpt_id} has no cache of its own")
+    except KernelError:
+        cmd.entry_num = 0
+        ucmd.respond()
+        raise

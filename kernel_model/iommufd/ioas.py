@@ -1,0 +1,288 @@
+"""The IOAS object and its ioctls, after ioas.c of drivers/iommu/iommufd.
+
+Here are the argument checks in the kernel's order; what a mapping is, is in `io_pagetable` and `pages`.
+"""
+
+from __future__ import annotations
+
+import errno
+from struct import Struct
+from typing import TYPE_CHECKING
+
+from kernel_model.errors import KernelError
+from kernel_model.interval import U64_MAX
+from kernel_model.ioctl import UserCommand
+from kernel_model.iommufd.ctx import ACCOUNT_MM, ACCOUNT_USER, Context, table
+from kernel_model.iommufd.io_pagetable import IOMMU_CACHE, IOMMU_READ, IOMMU_WRITE, IoPagetable
+from kernel_model.iommufd.object import Object
+from kernel_model.iommufd.pages import FilePages, Pages, UserPages
+from kernel_model.process import CAP_SYS_RAWIO, PAGE_MASK, PAGE_SHIFT
+from uapi.iommufd import (
+    IOMMU_IOAS_ALLOC,
+    IOMMU_IOAS_ALLOW_IOVAS,
+    IOMMU_IOAS_CHANGE_PROCESS,
+    IOMMU_IOAS_COPY,
+    IOMMU_IOAS_IOVA_RANGES,
+    IOMMU_IOAS_MAP,
+    IOMMU_IOAS_MAP_FILE,
+    IOMMU_IOAS_MAP_FIXED_IOVA,
+    IOMMU_IOAS_MAP_READABLE,
+    IOMMU_IOAS_MAP_WRITEABLE,
+    IOMMU_IOAS_NOIOMMU_GET_PA,
+    IOMMU_IOAS_UNMAP,
+    IOMMU_OPTION_OP_GET,
+    IOMMU_OPTION_OP_SET,
+    iommu_ioas_alloc,
+    iommu_ioas_allow_iovas,
+    iommu_ioas_change_process,
+    iommu_ioas_copy,
+    iommu_ioas_iova_ranges,
+    iommu_ioas_map,
+    iommu_ioas_map_file,
+    iommu_ioas_noiommu_get_pa,
+    iommu_ioas_unmap,
+    iommu_option,
+)
+
+if TYPE_CHECKING:
+    from kernel_model.iommufd.hwpt import HwptPaging
+
+_RANGE = Struct("<QQ")
+_ACCESS_FLAGS = IOMMU_IOAS_MAP_WRITEABLE | IOMMU_IOAS_MAP_READABLE
+_MAP_FLAGS = IOMMU_IOAS_MAP_FIXED_IOVA | _ACCESS_FLAGS
+
+
+class Ioas(Object):
+    """`struct iommufd_ioas`."""
+
+    __slots__ = ("hwpts", "iopt")
+
+    def __init__(self, ctx: Context) -> None:
+        super().__init__(ctx)
+        self.iopt = IoPagetable()
+        #: Paging HWPTs made on this IOAS, oldest first.
+        self.hwpts: list[HwptPaging] = []
+
+    def destroy(self) -> None:
+        self.iopt.destroy()
+
+
+@table.handles(IOMMU_IOAS_ALLOC)
+def ioas_alloc(ucmd: UserCommand[Context, iommu_ioas_alloc]) -> None:
+    """EOPNOTSUPP: flags. EFAULT: the reply; then there is no IOAS."""
+    if ucmd.cmd.flags:
+        raise KernelError(errno.EOPNOTSUPP, "no flags are defined")
+    objects = ucmd.ctx.objects
+    ioas = Ioas(ucmd.ctx)
+    try:
+        ucmd.cmd.out_ioas_id = ioas.id
+        ucmd.respond()
+    except KernelError:
+        objects.abort(ioas)
+        raise
+    objects.finalize(ioas)
+
+
+@table.handles(IOMMU_IOAS_IOVA_RANGES)
+def ioas_iova_ranges(ucmd: UserCommand[Context, iommu_ioas_iova_ranges]) -> None:
+    """EOPNOTSUPP: reserved bits. ENOENT. EFAULT. EMSGSIZE: more ranges than room, after the reply was written."""
+    cmd, call = ucmd.cmd, ucmd.call
+    if cmd.__reserved:
+        raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
+    iopt = ucmd.ctx.objects.get(cmd.ioas_id, Ioas).iopt
+    room = cmd.num_iovas
+    ranges = iopt.ranges()
+    for index, span in enumerate(ranges[:room]):
+        call.copy_to_user(cmd.allowed_iovas + index * _RANGE.size, _RANGE.pack(*span))
+    cmd.num_iovas = len(ranges)
+    cmd.out_iova_alignment = iopt.iova_alignment
+    ucmd.respond()
+    if len(ranges) > room:
+        raise KernelError(errno.EMSGSIZE, f"{len(ranges)} ranges, room for {room}")
+
+
+@table.handles(IOMMU_IOAS_ALLOW_IOVAS)
+def ioas_allow_iovas(ucmd: UserCommand[Context, iommu_ioas_allow_iovas]) -> None:
+    """EOPNOTSUPP: reserved bits. ENOENT. For each range EFAULT; EINVAL if start >= last or it overlaps an earlier one.
+    EADDRINUSE: a range is reserved. On an error the old list stays."""
+    cmd = ucmd.cmd
+    if cmd.__reserved:
+        raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
+    iopt = ucmd.ctx.objects.get(cmd.ioas_id, Ioas).iopt
+    allowed: list[tuple[int, int]] = []
+    for index in range(cmd.num_iovas):
+        address = (cmd.allowed_iovas + index * _RANGE.size) & U64_MAX
+        first, last = _RANGE.unpack(ucmd.call.copy_from_user(address, _RANGE.size))
+        if first >= last:
+            raise KernelError(errno.EINVAL, f"the range {first:#x}-{last:#x}")
+        if any(first <= b and last >= a for a, b in allowed):
+            raise KernelError(errno.EINVAL, f"the range {first:#x}-{last:#x} overlaps an earlier one")
+        allowed.append((first, last))
+    iopt.set_allowed(allowed)
+
+
+def _prot(flags: int) -> int:
+    prot = IOMMU_CACHE
+    if flags & IOMMU_IOAS_MAP_WRITEABLE:
+        prot |= IOMMU_WRITE
+    if flags & IOMMU_IOAS_MAP_READABLE:
+        prot |= IOMMU_READ
+    return prot
+
+
+def _map(ctx: Context, ioas: Ioas, pages: Pages, start_byte: int, length: int, iova: int | None, flags: int) -> int:
+    """iopt_map_common()."""
+    if ctx.account_mode == ACCOUNT_MM and pages.account_mode == ACCOUNT_USER:
+        pages.account_mode = ACCOUNT_MM
+    return ioas.iopt.map_pages([(pages, start_byte, length)], length, iova, _prot(flags))
+
+
+@table.handles(IOMMU_IOAS_MAP)
+def ioas_map(ucmd: UserCommand[Context, iommu_ioas_map]) -> None:
+    """In order: EOPNOTSUPP unknown flags or reserved bits; EOVERFLOW iova or length 2^64-1; EINVAL neither readable nor
+    writeable; ENOENT; EOVERFLOW the address wraps; EINVAL length 0; then `IoPagetable.map_pages`. EFAULT: the reply;
+    the mapping stays."""
+    cmd, ctx = ucmd.cmd, ucmd.ctx
+    if cmd.flags & ~_MAP_FLAGS or cmd.__reserved:
+        raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x} or __reserved")
+    if cmd.iova == U64_MAX or cmd.length == U64_MAX:
+        raise KernelError(errno.EOVERFLOW, "iova or length is 2^64-1")
+    if not cmd.flags & _ACCESS_FLAGS:
+        raise KernelError(errno.EINVAL, "neither readable nor writeable")
+    ioas = ctx.objects.get(cmd.ioas_id, Ioas)
+    writable = bool(cmd.flags & IOMMU_IOAS_MAP_WRITEABLE)
+    pages = UserPages(ctx.kernel, ucmd.call.process, cmd.user_va, cmd.length, writable)
+    iova = cmd.iova if cmd.flags & IOMMU_IOAS_MAP_FIXED_IOVA else None
+    cmd.iova = _map(ctx, ioas, pages, cmd.user_va & PAGE_MASK, cmd.length, iova, cmd.flags)
+    ucmd.respond()
+
+
+@table.handles(IOMMU_IOAS_MAP_FILE)
+def ioas_map_file(ucmd: UserCommand[Context, iommu_ioas_map_file]) -> None:
+    """As MAP, with the file's checks in the place of the address's: EINVAL length 0; EOVERFLOW start + length wraps;
+    EBADF. Whether the file can be pinned shows when a domain needs it."""
+    cmd, ctx = ucmd.cmd, ucmd.ctx
+    if cmd.flags & ~_MAP_FLAGS:
+        raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x}")
+    if cmd.iova == U64_MAX or cmd.length == U64_MAX:
+        raise KernelError(errno.EOVERFLOW, "iova or length is 2^64-1")
+    if not cmd.flags & _ACCESS_FLAGS:
+        raise KernelError(errno.EINVAL, "neither readable nor writeable")
+    ioas = ctx.objects.get(cmd.ioas_id, Ioas)
+    if not cmd.length:
+        raise KernelError(errno.EINVAL, "length is zero")
+    if cmd.start + cmd.length - 1 > U64_MAX:
+        raise KernelError(errno.EOVERFLOW, f"{cmd.start:#x} + {cmd.length:#x} wraps")
+    writable = bool(cmd.flags & IOMMU_IOAS_MAP_WRITEABLE)
+    pages = FilePages(ctx.kernel, ucmd.call.process, cmd.fd, cmd.start, cmd.length, writable)
+    iova = cmd.iova if cmd.flags & IOMMU_IOAS_MAP_FIXED_IOVA else None
+    cmd.iova = _map(ctx, ioas, pages, cmd.start & PAGE_MASK, cmd.length, iova, cmd.flags)
+    ucmd.respond()
+
+
+@table.handles(IOMMU_IOAS_COPY)
+def ioas_copy(ucmd: UserCommand[Context, iommu_ioas_copy]) -> None:
+    """In order: EOPNOTSUPP unknown flags; EOVERFLOW length or an iova 2^64-1; EINVAL neither readable nor writeable;
+    ENOENT source IOAS; EINVAL, EOVERFLOW, ENOENT source range; ENOENT destination IOAS; then
+    `IoPagetable.map_pages`."""
+    cmd, objects = ucmd.cmd, ucmd.ctx.objects
+    if cmd.flags & ~_MAP_FLAGS:
+        raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x}")
+    if U64_MAX in (cmd.length, cmd.src_iova, cmd.dst_iova):
+        raise KernelError(errno.EOVERFLOW, "length or an iova is 2^64-1")
+    if not cmd.flags & _ACCESS_FLAGS:
+        raise KernelError(errno.EINVAL, "neither readable nor writeable")
+    slices = objects.get(cmd.src_ioas_id, Ioas).iopt.slices(cmd.src_iova, cmd.length)
+    try:
+        destination = objects.get(cmd.dst_ioas_id, Ioas)
+    except KernelError:
+        for pages, _, _ in slices:
+            pages.put()
+        raise
+    iova = cmd.dst_iova if cmd.flags & IOMMU_IOAS_MAP_FIXED_IOVA else None
+    cmd.dst_iova = destination.iopt.map_pages(slices, cmd.length, iova, _prot(cmd.flags))
+    ucmd.respond()
+
+
+@table.handles(IOMMU_IOAS_UNMAP)
+def ioas_unmap(ucmd: UserCommand[Context, iommu_ioas_unmap]) -> None:
+    """iova 0 with length 2^64-1 unmaps everything, even nothing. Otherwise ENOENT IOAS; EOVERFLOW 2^64-1 or a wrap;
+    EINVAL length 0; then `IoPagetable.unmap_range`; ENOENT nothing was there."""
+    cmd = ucmd.cmd
+    iopt = ucmd.ctx.objects.get(cmd.ioas_id, Ioas).iopt
+    if cmd.iova == 0 and cmd.length == U64_MAX:
+        cmd.length = iopt.unmap_range(0, U64_MAX)
+    else:
+        if cmd.iova == U64_MAX or cmd.length == U64_MAX:
+            raise KernelError(errno.EOVERFLOW, "iova or length is 2^64-1")
+        if not cmd.length:
+            raise KernelError(errno.EINVAL, "length is zero")
+        last = cmd.iova + cmd.length - 1
+        if last > U64_MAX:
+            raise KernelError(errno.EOVERFLOW, f"{cmd.iova:#x} + {cmd.length:#x} wraps")
+        unmapped = iopt.unmap_range(cmd.iova, last)
+        if not unmapped:
+            raise KernelError(errno.ENOENT, f"nothing is mapped in {cmd.iova:#x}-{last:#x}")
+        cmd.length = unmapped
+    ucmd.respond()
+
+
+def option_huge_pages(ucmd: UserCommand[Context, iommu_option]) -> None:
+    """IOMMU_OPTION_HUGE_PAGES: ENOENT no such IOAS; EOPNOTSUPP unknown operation; EINVAL a value that is not 0 or 1;
+    see `IoPagetable.set_large_pages`."""
+    cmd = ucmd.cmd
+    iopt = ucmd.ctx.objects.get(cmd.object_id, Ioas).iopt
+    if cmd.op == IOMMU_OPTION_OP_GET:
+        cmd.val64 = int(not iopt.disable_large_pages)
+    elif cmd.op == IOMMU_OPTION_OP_SET:
+        if cmd.val64 not in (0, 1):
+            raise KernelError(errno.EINVAL, f"HUGE_PAGES {cmd.val64}")
+        iopt.set_large_pages(bool(cmd.val64))
+    else:
+        raise KernelError(errno.EOPNOTSUPP, f"no operation {cmd.op}")
+
+
+@table.handles(IOMMU_IOAS_CHANGE_PROCESS)
+def ioas_change_process(ucmd: UserCommand[Context, iommu_ioas_change_process]) -> None:
+    """EOPNOTSUPP: reserved bits. EINVAL: a mapping of any IOAS of the context is not of a file. ENOMEM: the caller's
+    account cannot take the pinned pages; then nothing has changed."""
+    if ucmd.cmd.__reserved:
+        raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
+    owned: dict[int, FilePages] = {}
+    for ioas in ucmd.ctx.objects.each(Ioas):
+        for area in ioas.iopt.areas.values():
+            if not isinstance(area.pages, FilePages):
+                raise KernelError(errno.EINVAL, f"the mapping at {area.iova:#x} is not of a file")
+            owned[id(area.pages)] = area.pages
+    _charge_process(ucmd, list(owned.values()))
+
+
+def _charge_process(ucmd: UserCommand[Context, iommu_ioas_change_process], owned: list[FilePages]) -> None:
+    process, kernel = ucmd.call.process, ucmd.ctx.kernel
+    moving = [pages for pages in owned if pages.process is not process]
+    for mode in (ACCOUNT_USER, ACCOUNT_MM):
+        npages = sum(pages.npinned for pages in moving if pages.account_mode == mode)
+        charged = kernel.user(process.uid()).locked_vm if mode == ACCOUNT_USER else process.mm.locked_vm
+        if npages and charged + npages > process.rlimit_memlock() >> PAGE_SHIFT:
+            raise KernelError(errno.ENOMEM, f"{charged} + {npages} pages are over RLIMIT_MEMLOCK")
+    for pages in moving:
+        pages.change_process(process)
+
+
+@table.handles(IOMMU_IOAS_NOIOMMU_GET_PA)
+def ioas_noiommu_get_pa(ucmd: UserCommand[Context, iommu_ioas_noiommu_get_pa]) -> None:
+    """In order: EPERM without CAP_SYS_RAWIO; EOPNOTSUPP flags or reserved bits; EINVAL length 0; EOVERFLOW iova 2^64-1;
+    ENOENT no such IOAS, nothing mapped; EOPNOTSUPP: the mapping is in no no-IOMMU domain, and the model has none."""
+    cmd = ucmd.cmd
+    if not ucmd.call.process.capable(CAP_SYS_RAWIO):
+        raise KernelError(errno.EPERM, "physical addresses are shown with CAP_SYS_RAWIO")
+    if cmd.flags or cmd.__reserved:
+        raise KernelError(errno.EOPNOTSUPP, "flags or __reserved")
+    if not cmd.length:
+        raise KernelError(errno.EINVAL, "length is zero")
+    if cmd.iova == U64_MAX:
+        raise KernelError(errno.EOVERFLOW, "iova is 2^64-1")
+    iopt = ucmd.ctx.objects.get(cmd.ioas_id, Ioas).iopt
+    if iopt.area_at(cmd.iova, cmd.iova) is None:
+        raise KernelError(errno.ENOENT, f"nothing is mapped at {cmd.iova:#x}")
+    raise KernelError(errno.EOPNOTSUPP, "the IOAS has no no-IOMMU device")

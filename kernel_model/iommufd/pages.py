@@ -1,0 +1,362 @@
+"""Where the pages of a mapping come from, who pins them, and who pays, after pages.c of drivers/iommu/iommufd.
+
+One `Pages` is made by one MAP or MAP_FILE and shared by every area that COPY or a split derives from it. A page is
+pinned once however many areas and domains use it, and unpinned when the last one goes; two MAPs of one address are two
+`Pages` and pin and pay twice. Nothing is looked at before the first pin.
+
+A pin here holds no page of the host's kernel. It checks what the kernel would check (mapped, permitted, of a kind that
+can be pinned), finds the physical addresses, keeps memory alive where the model owns it, and charges the account.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kernel_model.errors import KernelBug, KernelError
+from kernel_model.interval import U64_MAX, complement
+from kernel_model.iommufd.ctx import ACCOUNT_MM, ACCOUNT_NONE, ACCOUNT_USER
+from kernel_model.process import CAP_IPC_LOCK, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, Process, Vma
+
+if TYPE_CHECKING:
+    from kernel_model.kernel import Kernel
+
+#: Physically contiguous pieces of a mapping: (physical address, pages).
+Runs = list[tuple[int, int]]
+
+_TMPFS_MAGIC, _HUGETLBFS_MAGIC = 0x01021994, 0x958458F6
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def filesystem_type(fd: int) -> int:
+    """The magic number of the file system that a descriptor's file is on (statfs(2)'s f_type)."""
+    block = (ctypes.c_uint64 * 16)()
+    if _libc.fstatfs(fd, block) != 0:
+        return 0
+    return int(block[0])
+
+
+class _Pinned:
+    """Pages [first, last] of a `Pages`, pinned `count` times."""
+
+    __slots__ = ("count", "first", "last", "runs")
+
+    def __init__(self, first: int, last: int, runs: Runs) -> None:
+        self.first = first
+        self.last = last
+        self.runs = runs
+        self.count = 0
+
+
+class Pages:
+    """`struct iopt_pages`. Indexes count 4 KiB pages from the page that holds the first byte."""
+
+    __slots__ = (
+        "_holds",
+        "_pinned",
+        "account_mode",
+        "kernel",
+        "npages",
+        "npinned",
+        "process",
+        "uid",
+        "users",
+        "writable",
+    )
+
+    def __init__(self, kernel: Kernel, process: Process, page_offset: int, length: int, writable: bool) -> None:
+        if length == 0 or length > U64_MAX - PAGE_SIZE:
+            raise KernelError(errno.EINVAL, f"a mapping of {length:#x} bytes")
+        self.kernel = kernel
+        self.process = process
+        self.uid = process.uid()
+        self.writable = writable
+        self.npages = (length + page_offset + PAGE_MASK) >> PAGE_SHIFT
+        self.account_mode = ACCOUNT_NONE if process.capable(CAP_IPC_LOCK) else ACCOUNT_USER
+        #: Areas that use this.
+        self.users = 1
+        #: Pages pinned, each counted once.
+        self.npinned = 0
+        self._pinned: list[_Pinned] = []
+        self._holds: list[Callable[[], None]] = []
+
+    @property
+    def alignment_address(self) -> int:
+        """The address whose alignment an automatic IOVA keeps, without the area's own start."""
+        raise KernelBug("abstract")
+
+    def resolve(self, first: int, last: int) -> Runs:
+        """Check pages [first, last] as a pin does and say where they are. The kind's errnos."""
+        raise KernelBug("abstract")
+
+    def released(self) -> None:
+        """The last area is gone."""
+
+    def get(self) -> Pages:
+        self.users += 1
+        return self
+
+    def put(self) -> None:
+        self.users -= 1
+        if self.users == 0:
+            if self._pinned:
+                raise KernelBug("pages are freed while pinned")
+            self.released()
+
+    def pin(self, first: int, last: int) -> Runs:
+        """Pin [first, last] once more; where the pages are.
+
+        ENOMEM: the account's limit, after everything was pinned, and all of it is undone. Otherwise `resolve`'s errnos.
+        """
+        if not self._pinned:
+            runs = self.resolve(first, last)
+            self._charge_or_drop(last - first + 1)
+            piece = _Pinned(first, last, runs)
+            piece.count = 1
+            self._pinned.append(piece)
+            return runs
+        fresh: list[_Pinned] = []
+        covered = [(piece.first, piece.last) for piece in self._pinned]
+        for hole_first, hole_last in complement(covered, first, last):
+            fresh.append(_Pinned(hole_first, hole_last, self.resolve(hole_first, hole_last)))
+        self._charge_or_drop(sum(piece.last - piece.first + 1 for piece in fresh))
+        self._pinned = sorted([*self._pinned, *fresh], key=lambda piece: piece.first)
+        self._split(first)
+        self._split(last + 1)
+        runs = []
+        for piece in self._overlapping(first, last):
+            piece.count += 1
+            runs += piece.runs
+        return _join(runs)
+
+    def unpin(self, first: int, last: int) -> None:
+        """Take one pin of [first, last] back."""
+        self._split(first)
+        self._split(last + 1)
+        gone = 0
+        for piece in self._overlapping(first, last):
+            piece.count -= 1
+            if piece.count == 0:
+                gone += piece.last - piece.first + 1
+        if gone:
+            self._pinned = [piece for piece in self._pinned if piece.count]
+            self._uncharge(gone)
+            if not self._pinned:
+                self._drop_holds()
+
+    def hold(self, release: Callable[[], None]) -> None:
+        """Have `release` called when nothing of this is pinned any more."""
+        self._holds.append(release)
+
+    def _drop_holds(self) -> None:
+        holds, self._holds = self._holds, []
+        for release in holds:
+            release()
+
+    def _overlapping(self, first: int, last: int) -> list[_Pinned]:
+        return [piece for piece in self._pinned if piece.last >= first and piece.first <= last]
+
+    def _split(self, index: int) -> None:
+        """Make a piece start at `index` if one covers it."""
+        pieces = self._pinned
+        where = bisect_right([piece.first for piece in pieces], index) - 1 if len(pieces) > 1 else 0
+        if where < 0 or not pieces:
+            return
+        piece = pieces[where]
+        if not piece.first < index <= piece.last:
+            return
+        head, tail = _cut(piece.runs, index - piece.first)
+        rest = _Pinned(index, piece.last, tail)
+        rest.count = piece.count
+        piece.last, piece.runs = index - 1, head
+        pieces.insert(where + 1, rest)
+
+    def _charge_or_drop(self, npages: int) -> None:
+        try:
+            self._charge(npages)
+        except KernelError:
+            if not self._pinned:
+                self._drop_holds()
+            raise
+
+    def _charge(self, npages: int) -> None:
+        """iopt_pages_update_pinned(), upwards. ENOMEM over RLIMIT_MEMLOCK in modes USER and MM."""
+        mm = self.process.mm
+        if self.account_mode != ACCOUNT_NONE and npages:
+            limit = self.process.rlimit_memlock() >> PAGE_SHIFT
+            user = self.kernel.user(self.uid)
+            charged = user.locked_vm if self.account_mode == ACCOUNT_USER else mm.locked_vm
+            if charged + npages > limit:
+                raise KernelError(errno.ENOMEM, f"{charged} + {npages} pages are over RLIMIT_MEMLOCK")
+            if self.account_mode == ACCOUNT_USER:
+                user.locked_vm += npages
+            else:
+                mm.locked_vm += npages
+        mm.pinned_vm += npages
+        self.npinned += npages
+
+    def _uncharge(self, npages: int) -> None:
+        mm = self.process.mm
+        if self.account_mode == ACCOUNT_USER:
+            self.kernel.user(self.uid).locked_vm -= npages
+        elif self.account_mode == ACCOUNT_MM:
+            mm.locked_vm -= npages
+        mm.pinned_vm -= npages
+        self.npinned -= npages
+
+
+class UserPages(Pages):
+    """Pages by their address in the mapping process (IOMMU_IOAS_MAP)."""
+
+    __slots__ = ("uptr",)
+
+    def __init__(self, kernel: Kernel, process: Process, address: int, length: int, writable: bool) -> None:
+        if address + length > U64_MAX:
+            raise KernelError(errno.EOVERFLOW, f"{address:#x} + {length:#x} wraps")
+        super().__init__(kernel, process, address & PAGE_MASK, length, writable)
+        self.uptr = address & ~PAGE_MASK
+
+    @property
+    def alignment_address(self) -> int:
+        return self.uptr
+
+    def resolve(self, first: int, last: int) -> Runs:
+        """EFAULT: unmapped, not permitted, device memory, a dead process, or a writable shared mapping of a file
+        system that needs write-back."""
+        start = self.uptr + (first << PAGE_SHIFT)
+        length = (last - first + 1) << PAGE_SHIFT
+        mm = self.process.mm
+        if start + length > TASK_SIZE:
+            raise KernelError(errno.EFAULT, f"{start:#x} is no user address")
+        if mm.buffers is not None and mm.buffers.find(start, length) is not None:
+            mm.buffers.pin(start, length)
+            self.hold(lambda: mm.buffers.unpin(start, length))  # type: ignore[union-attr]
+            return [(mm.window | start, last - first + 1)]
+        if self.kernel.maps_device(self.process, start, length):
+            raise KernelError(errno.EFAULT, f"{start:#x} maps device memory")
+        runs: Runs = []
+        position, end = start, start + length
+        for vma in mm.vmas(start, end):
+            if vma.start > position or not (vma.write if self.writable else vma.read):
+                break
+            stop = min(vma.end, end)
+            runs.append((self._physical(vma, position), (stop - position) >> PAGE_SHIFT))
+            position = stop
+        if position < end:
+            if not self._pinned:
+                self._drop_holds()
+            raise KernelError(
+                errno.EFAULT, f"{position:#x} cannot be pinned for {'writing' if self.writable else 'reading'}"
+            )
+        return _join(runs)
+
+    def _physical(self, vma: Vma, address: int) -> int:
+        if vma.shared and vma.inode:
+            fd = self._open_mapped(vma)
+            if fd is not None:
+                if self.writable and filesystem_type(fd) not in (_TMPFS_MAGIC, _HUGETLBFS_MAGIC):
+                    os.close(fd)
+                    raise KernelError(errno.EFAULT, f"{address:#x} maps a file that needs write-back")
+                file = self.kernel.shared_files.get((os.makedev(*vma.device), vma.inode), fd)
+                self.hold(lambda: self.kernel.shared_files.put(file))
+                return file.window + vma.offset + (address - vma.start)
+        return self.process.mm.window | address
+
+    def _open_mapped(self, vma: Vma) -> int | None:
+        """A descriptor of the model's own for the file behind a mapping; None where the host allows none."""
+        pid = self.process.pid
+        flags = os.O_RDWR if vma.write else os.O_RDONLY
+        try:
+            return os.open(f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}", flags | os.O_CLOEXEC)
+        except OSError:
+            pass
+        wanted = (os.makedev(*vma.device), vma.inode)
+        try:
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                try:
+                    status = os.stat(f"/proc/{pid}/fd/{name}")
+                    if (status.st_dev, status.st_ino) == wanted:
+                        return os.open(f"/proc/{pid}/fd/{name}", flags | os.O_CLOEXEC)
+                except OSError:
+                    continue
+        except OSError:
+            pass
+        return None
+
+
+class FilePages(Pages):
+    """Pages by their offset in a memfd (IOMMU_IOAS_MAP_FILE)."""
+
+    __slots__ = ("_fd", "start")
+
+    def __init__(self, kernel: Kernel, process: Process, fd: int, start: int, length: int, writable: bool) -> None:
+        """EBADF: `fd` is not open. Any kind of file is accepted until it is pinned."""
+        self._fd = process.take_fd(fd)
+        try:
+            super().__init__(kernel, process, start & PAGE_MASK, length, writable)
+        except KernelError:
+            os.close(self._fd)
+            raise
+        self.start = start & ~PAGE_MASK
+
+    @property
+    def alignment_address(self) -> int:
+        return self.start
+
+    def resolve(self, first: int, last: int) -> Runs:
+        """EINVAL: not a file of shmem or hugetlbfs, or the last page ends at or beyond the file's size."""
+        if filesystem_type(self._fd) not in (_TMPFS_MAGIC, _HUGETLBFS_MAGIC):
+            raise KernelError(errno.EINVAL, "the file is neither shmem nor hugetlbfs")
+        status = os.fstat(self._fd)
+        begin = self.start + (first << PAGE_SHIFT)
+        end = self.start + ((last + 1) << PAGE_SHIFT)
+        if end - 1 >= status.st_size:
+            raise KernelError(errno.EINVAL, f"the file ends at {status.st_size:#x}, before {end:#x}")
+        file = self.kernel.shared_files.get((status.st_dev, status.st_ino), os.dup(self._fd))
+        self.hold(lambda: self.kernel.shared_files.put(file))
+        return [(file.window + begin, last - first + 1)]
+
+    def change_process(self, process: Process) -> None:
+        """IOMMU_IOAS_CHANGE_PROCESS: `process` owns and pays from now on. The caller has checked its limits."""
+        npages, uid = self.npinned, process.uid()
+        old_mm, mm = self.process.mm, process.mm
+        if self.account_mode == ACCOUNT_USER:
+            self.kernel.user(self.uid).locked_vm -= npages
+            self.kernel.user(uid).locked_vm += npages
+        elif self.account_mode == ACCOUNT_MM:
+            old_mm.locked_vm -= npages
+            mm.locked_vm += npages
+        if self.account_mode != ACCOUNT_NONE:  # the kernel moves VmPin only together with a charge
+            old_mm.pinned_vm -= npages
+            mm.pinned_vm += npages
+        self.process, self.uid = process, uid
+
+    def released(self) -> None:
+        os.close(self._fd)
+
+
+def _join(runs: Runs) -> Runs:
+    joined: Runs = []
+    for address, npages in runs:
+        if joined and joined[-1][0] + (joined[-1][1] << PAGE_SHIFT) == address:
+            joined[-1] = (joined[-1][0], joined[-1][1] + npages)
+        else:
+            joined.append((address, npages))
+    return joined
+
+
+def _cut(runs: Runs, npages: int) -> tuple[Runs, Runs]:
+    """Split runs after `npages` pages."""
+    head: Runs = []
+    for index, (address, count) in enumerate(runs):
+        if npages < count:
+            if npages:
+                head.append((address, npages))
+            return head, [(address + (npages << PAGE_SHIFT), count - npages), *runs[index + 1 :]]
+        head.append((address, count))
+        npages -= count
+    return head, []
