@@ -15,7 +15,6 @@ from conformance.drivers.vfio import VfioDevice
 from conformance.steps import ioas_alloc
 from uapi.backend import Backend, File
 
-
 #: Where the first edu device is, by kernel: the walk through sysfs costs more than a bind.
 _address: dict[tuple[str, str], str] = {}
 
