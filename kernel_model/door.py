@@ -17,12 +17,13 @@ import mmap as _mmap
 import os
 import socket
 import time
+from resource import RLIMIT_MEMLOCK
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelError
 from kernel_model.file import FileDescription, MappedRegion, SystemCall
-from kernel_model.process import PAGE_SIZE, Process
+from kernel_model.process import PAGE_SIZE, HostCredentials, Process
 from uapi.backend import MAP_SHARED, PROT_READ, PROT_WRITE, Argument, File, Readable
 from uapi.client import ClientBase
 from uapi.linux import address_of
@@ -260,7 +261,9 @@ class ModelClient(ClientBase):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__()
         self._kernel = kernel
-        self._process = kernel.add_process(self.pid)
+        parent = kernel.process.credentials
+        host = isinstance(parent, HostCredentials)
+        self._process = kernel.add_process(self.pid, HostCredentials(self.pid) if host else parent.copy())
 
     def open(self, path: str, flags: int = os.O_RDWR | os.O_CLOEXEC) -> ModelRemoteFile:
         kernel = self._kernel
@@ -280,6 +283,24 @@ class ModelClient(ClientBase):
         return ModelRemoteFile(
             self._kernel, self._process, remote, path, lambda number: self._child.call("close", number)
         )
+
+    def setrlimit(self, resource: int, soft: int, hard: int) -> None:
+        if isinstance(self._process.credentials, HostCredentials):
+            super().setrlimit(resource, soft, hard)
+        elif resource == RLIMIT_MEMLOCK:
+            self._process.credentials.setrlimit(soft)
+
+    def drop_capabilities(self, *numbers: int) -> None:
+        if isinstance(self._process.credentials, HostCredentials):
+            super().drop_capabilities(*numbers)
+        else:
+            self._process.credentials.drop(numbers)
+
+    def setuid(self, uid: int) -> None:
+        if isinstance(self._process.credentials, HostCredentials):
+            super().setuid(uid)
+        else:
+            self._process.credentials.setuid(uid)
 
     def status(self, field: str) -> int:
         return self._process.status(field)

@@ -18,8 +18,7 @@ import socket
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fakedev.machine import Machine
@@ -30,7 +29,7 @@ from kernel_model.door import Descriptor, ModelClient, ModelFile, ModelMapping
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.file import FileDescription, SystemCall
 from kernel_model.page_alloc import PageAllocator
-from kernel_model.process import TASK_SIZE, Mm, Process, User
+from kernel_model.process import TASK_SIZE, Credentials, HostCredentials, Mm, Process, User
 from kernel_model.shared_files import SharedFiles
 from kernel_model.subsystems import boot
 from kernel_model.vfs import FileSystem
@@ -45,16 +44,45 @@ _live: weakref.WeakSet[Kernel] = weakref.WeakSet()
 _ADDRESS_SPACES = 15
 
 
+class Entry:
+    """The way into the kernel and out again, as a context manager."""
+
+    __slots__ = ("_depth", "_kernel", "_lock")
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._lock = threading.RLock()
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        kernel = self._kernel
+        if kernel.dead:
+            raise KernelBug(kernel.dead)
+        self._lock.acquire()
+        self._depth += 1
+        if self._depth == 1:
+            kernel.notice()
+
+    def __exit__(self, *_: object) -> None:
+        if self._depth == 1 and self._kernel.queue:
+            self._kernel.drain()
+        self._depth -= 1
+        self._lock.release()
+
+
 class Kernel:
     """A kernel of release `version` on `machine` (a name of `fakedev.machine`, or a `Machine`).
 
-    Raises ValueError for an unknown machine or release. Close it, or use it as a context manager: descriptors that are
-    still open then belong to no kernel any more.
+    `credentials` "root" makes this process root with every capability in the model's eyes; "host" takes what the host's
+    kernel says, so that an unprivileged process pays for its pins. Raises ValueError for an unknown machine or release.
+    Close it, or use it as a context manager: descriptors that are still open then belong to no kernel any more.
     """
 
     name = "model"
 
-    def __init__(self, machine: str | Machine = "q35-vtd-legacy", version: str = "7.3") -> None:
+    def __init__(
+        self, machine: str | Machine = "q35-vtd-legacy", version: str = "7.3", *, credentials: str = "root"
+    ) -> None:
         if not parse(OLDEST).series <= parse(version).series <= parse(NEWEST).series:
             raise ValueError(f"{version} is no release that the model knows: {OLDEST} to {NEWEST}")
         self.release = version
@@ -78,12 +106,14 @@ class Kernel:
         self._descriptors: dict[tuple[int, int], Descriptor] = {}
         self._hangups = select.epoll()
         self._by_fd: dict[int, Descriptor] = {}
-        self._queue: deque[Callable[[], None]] = deque()
-        self._lock = threading.RLock()
-        self._depth = 0
-        self._dead = ""
+        self.queue: deque[Callable[[], None]] = deque()
+        self.dead = ""
+        self._entry = Entry(self)
         self._buffers = ClientMemory()
-        self.process = self.add_process(os.getpid())
+        if credentials not in ("root", "host"):
+            raise ValueError(f"credentials are 'root' or 'host', not {credentials!r}")
+        own = HostCredentials(os.getpid()) if credentials == "host" else Credentials()
+        self.process = self.add_process(os.getpid(), own)
         self.process.mm.buffers = self._buffers
         _live.add(self)
         boot(self)
@@ -120,12 +150,12 @@ class Kernel:
 
     def close(self) -> None:
         """Shut the kernel down. Open descriptors are closed from its side."""
-        if self._dead:
+        if self.dead:
             return
         for descriptor in list(self._descriptors.values()):
             self._hang_up(descriptor)
-        self._drain()
-        self._dead = "the kernel is closed"
+        self.drain()
+        self.dead = "the kernel is closed"
         self._hangups.close()
         for process in self._processes.values():
             process.mm.close()
@@ -143,25 +173,13 @@ class Kernel:
 
     # -- for the subsystems ------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> Entry:
         """One system call: what happened outside is noticed first, deferred work is done before it returns."""
-        if self._dead:
-            raise KernelBug(self._dead)
-        with self._lock:
-            self._depth += 1
-            try:
-                if self._depth == 1:
-                    self._notice()
-                yield
-            finally:
-                if self._depth == 1 and self._queue:
-                    self._drain()
-                self._depth -= 1
+        return self._entry
 
     def defer(self, work: Callable[[], None]) -> None:
         """Run `work` before the current call returns."""
-        self._queue.append(work)
+        self.queue.append(work)
 
     def install(self, description: FileDescription, path: str | None = None) -> int:
         """A new descriptor in this process for an open file: O_CLOEXEC. EMFILE."""
@@ -196,10 +214,6 @@ class Kernel:
         descriptor = self._descriptors.get((status.st_dev, status.st_ino))
         return None if descriptor is None else descriptor.description
 
-    def notice_closed(self) -> None:
-        """Deal with descriptors that the call being served has itself closed."""
-        self._notice()
-
     def maps_device(self, process: Process, start: int, length: int) -> bool:
         """Whether a range of the process's memory is a mapping of device registers (VM_PFNMAP)."""
         return process.is_self and any(mapping.overlaps(start, length) for mapping in self.mappings)
@@ -208,12 +222,12 @@ class Kernel:
         """The `struct user_struct` of a uid."""
         return self._users.setdefault(uid, User(uid))
 
-    def add_process(self, pid: int) -> Process:
-        """Make a process known as a client."""
+    def add_process(self, pid: int, credentials: Credentials) -> Process:
+        """Make a process known as a client. EAGAIN: the model has room for 15 of them."""
         if not self._free_mms:
             raise OSError(errno.EAGAIN, "the model has room for 15 client processes")
         mm = Mm(pid, self._free_mms.pop())
-        process = Process(pid, mm, pid == os.getpid())
+        process = Process(pid, mm, pid == os.getpid(), credentials)
         self._processes[pid] = process
         self.memory.add_window(mm.window, TASK_SIZE, MmBacking(mm))
         return process
@@ -228,19 +242,20 @@ class Kernel:
 
     def disown(self, reason: str) -> None:
         """Refuse every further call: this copy of the model is in a forked child."""
-        self._dead = reason
+        self.dead = reason
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _notice(self) -> None:
+    def notice(self) -> None:
+        """Deal with closed descriptors, raw stores and leftover work: what happened since the last call."""
         for fd, _events in self._hangups.poll(0):
             descriptor = self._by_fd.get(fd)
             if descriptor is not None:
                 self._hang_up(descriptor)
         for mapping in self.watched_mappings:
             mapping.deliver_raw_stores()
-        if self._queue:
-            self._drain()
+        if self.queue:
+            self.drain()
 
     def _hang_up(self, descriptor: Descriptor) -> None:
         fd = descriptor.sock.fileno()
@@ -249,9 +264,10 @@ class Kernel:
         descriptor.sock.close()
         descriptor.description.release()
 
-    def _drain(self) -> None:
-        while self._queue:
-            self._queue.popleft()()
+    def drain(self) -> None:
+        """Do the deferred work, and what that defers."""
+        while self.queue:
+            self.queue.popleft()()
 
 
 def _in_forked_child() -> None:

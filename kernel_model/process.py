@@ -19,6 +19,8 @@ import resource
 import struct
 from typing import TYPE_CHECKING
 
+import psutil
+
 from kernel_model.errors import KernelError
 from uapi.linux import read_status
 
@@ -32,8 +34,10 @@ PAGE_MASK = PAGE_SIZE - 1
 TASK_BITS = 47
 TASK_SIZE = 1 << TASK_BITS
 
-CAP_SETUID, CAP_SYS_RAWIO, CAP_SYS_ADMIN, CAP_SYS_RESOURCE, CAP_IPC_LOCK = 7, 17, 21, 24, 14
-RLIM_INFINITY = resource.RLIM_INFINITY
+CAP_DAC_OVERRIDE, CAP_SETUID, CAP_IPC_LOCK, CAP_SYS_RAWIO, CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 1, 7, 14, 17, 21, 24
+ALL_CAPABILITIES = (1 << 41) - 1
+#: Larger than any address space.
+RLIM_UNLIMITED = 1 << 64
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _readv = _libc.process_vm_readv
@@ -189,41 +193,86 @@ class User:
         self.locked_vm = 0
 
 
-class Process:
-    """A client: `current` and its group leader."""
+class Credentials:
+    """What the model believes of a client: `struct cred` and RLIMIT_MEMLOCK.
 
-    def __init__(self, pid: int, mm: Mm, is_self: bool) -> None:
-        self.pid = pid
-        self.mm = mm
-        self.is_self = is_self
-        self._cap_head = (ctypes.c_uint32 * 2)(0x20080522, 0 if is_self else pid)
-        self._cap_data = (ctypes.c_uint32 * 6)()
+    A client starts as root with every capability, whoever runs the model, so that results do not depend on the host.
+    """
+
+    def __init__(self, uid: int = 0, capabilities: int = ALL_CAPABILITIES, memlock: int = RLIM_UNLIMITED) -> None:
+        self._uid = uid
+        self._capabilities = capabilities
+        self._memlock = memlock
 
     def capable(self, capability: int) -> bool:
         """capable(): whether the effective set has the capability."""
-        if _capget(self._cap_head, self._cap_data) != 0:
-            return False
-        return bool(self._cap_data[capability // 32 * 3] >> capability % 32 & 1)
+        return bool(self._capabilities >> capability & 1)
 
     def uid(self) -> int:
-        if self.is_self:
-            return os.getuid()
-        try:
-            with open(f"/proc/{self.pid}/status", encoding="ascii", errors="replace") as status:
-                for line in status:
-                    if line.startswith("Uid:"):
-                        return int(line.split()[1])
-        except FileNotFoundError:
-            pass
-        return 0
+        return self._uid
 
-    def rlimit_memlock(self) -> int:
-        """RLIMIT_MEMLOCK in bytes, or a number larger than any address space for "unlimited"."""
+    def memlock(self) -> int:
+        """The soft RLIMIT_MEMLOCK in bytes."""
+        return self._memlock
+
+    def drop(self, numbers: tuple[int, ...]) -> None:
+        for number in numbers:
+            self._capabilities &= ~(1 << number)
+
+    def setuid(self, uid: int) -> None:
+        """setuid(2) of a root process: all capabilities go with root. EPERM without CAP_SETUID."""
+        if uid != self._uid:
+            if not self.capable(CAP_SETUID):
+                raise KernelError(errno.EPERM, "setuid without CAP_SETUID")
+            self._uid = uid
+            if uid:
+                self._capabilities = 0
+
+    def setrlimit(self, soft: int) -> None:
+        self._memlock = RLIM_UNLIMITED if soft == resource.RLIM_INFINITY else soft
+
+    def copy(self) -> Credentials:
+        """fork(): a child has what its parent had."""
+        return Credentials(self._uid, self._capabilities, self._memlock)
+
+
+class HostCredentials(Credentials):
+    """What the host's kernel says of a process."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__()
+        self._pid = pid
+        self._head = (ctypes.c_uint32 * 2)(0x20080522, 0 if pid == os.getpid() else pid)
+        self._data = (ctypes.c_uint32 * 6)()
+
+    def capable(self, capability: int) -> bool:
+        if _capget(self._head, self._data) != 0:
+            return False
+        return bool(self._data[capability // 32 * 3] >> capability % 32 & 1)
+
+    def uid(self) -> int:
         try:
-            soft, _ = resource.prlimit(self.pid, resource.RLIMIT_MEMLOCK)
+            return psutil.Process(self._pid).uids().effective
+        except psutil.NoSuchProcess:
+            return 0
+
+    def memlock(self) -> int:
+        try:
+            soft, _ = resource.prlimit(self._pid, resource.RLIMIT_MEMLOCK)
         except ProcessLookupError:
             return 0
-        return 1 << 64 if soft == RLIM_INFINITY else soft
+        return RLIM_UNLIMITED if soft == resource.RLIM_INFINITY else soft
+
+
+class Process:
+    """A client: `current` and its group leader."""
+
+    def __init__(self, pid: int, mm: Mm, is_self: bool, credentials: Credentials) -> None:
+        self.pid = pid
+        self.mm = mm
+        self.is_self = is_self
+        self.credentials = credentials
+        self.capable = credentials.capable
 
     def stat_fd(self, fd: int) -> os.stat_result:
         """Identify one of the process's descriptors; OSError EBADF if it is not open."""
@@ -238,7 +287,11 @@ class Process:
         """A descriptor of the model's own for the same open file; EBADF if it is not open."""
         try:
             if self.is_self:
-                return os.dup(fd)
+                taken = os.dup(fd)
+                if fcntl.fcntl(taken, fcntl.F_GETFL) & os.O_PATH:
+                    os.close(taken)
+                    raise OSError(errno.EBADF, "an O_PATH descriptor")
+                return taken
             pidfd = os.pidfd_open(self.pid)
             try:
                 taken = int(_libc.syscall(438, pidfd, fd, 0))  # pidfd_getfd

@@ -7,10 +7,12 @@ knows what it is. Only what IOMMU and VFIO clients walk exists.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 
 from kernel_model.errors import KernelError
 from kernel_model.file import FileDescription, SystemCall
+from kernel_model.process import CAP_DAC_OVERRIDE
 
 #: Makes the open file for a node: called with the opening call and the open flags.
 Opener = Callable[[SystemCall, int], FileDescription]
@@ -29,10 +31,20 @@ class Link:
 
 
 class Special:
-    """A device node."""
+    """A device node, or a file. `mode` is its permission bits; it belongs to root."""
 
-    def __init__(self, opener: Opener) -> None:
+    def __init__(self, opener: Opener, mode: int) -> None:
         self.open = opener
+        self.mode = mode
+
+    def check_open(self, call: SystemCall, flags: int, path: str) -> None:
+        """EACCES: the caller is not root, and the node's bits for others do not allow the access."""
+        credentials = call.process.credentials
+        if credentials.uid() == 0 or credentials.capable(CAP_DAC_OVERRIDE):
+            return
+        wanted = {os.O_RDONLY: 4, os.O_WRONLY: 2}.get(flags & os.O_ACCMODE, 6)
+        if wanted & ~self.mode:
+            raise KernelError(errno.EACCES, f"{path} has mode {self.mode:#o}")
 
 
 Node = Directory | Link | Special
@@ -71,9 +83,9 @@ class FileSystem:
     def __init__(self) -> None:
         self.root = Directory()
 
-    def add_node(self, path: str, opener: Opener) -> None:
-        """A device node."""
-        self._parent(path)[_name(path)] = Special(opener)
+    def add_node(self, path: str, opener: Opener, mode: int = 0o600) -> None:
+        """A device node with its permission bits."""
+        self._parent(path)[_name(path)] = Special(opener, mode)
 
     def add_file(
         self,
@@ -82,7 +94,8 @@ class FileSystem:
         store: Callable[[SystemCall, bytes], None] | None = None,
     ) -> None:
         """A sysfs attribute."""
-        self.add_node(path, lambda call, flags: SysfsFile(path, show, store))
+        mode = (0o444 if show is not None else 0) | (0o200 if store is not None else 0)
+        self.add_node(path, lambda call, flags: SysfsFile(path, show, store), mode)
 
     def add_link(self, path: str, target: str) -> None:
         self._parent(path)[_name(path)] = Link(target)
@@ -99,8 +112,8 @@ class FileSystem:
         if isinstance(node, Directory):
             raise KernelError(errno.EISDIR, f"{path} is a directory")
         assert isinstance(node, Special)
-        description = node.open(call, flags)
-        return description
+        node.check_open(call, flags, path)
+        return node.open(call, flags)
 
     def listdir(self, path: str) -> list[str]:
         node = self._walk(path)

@@ -77,7 +77,7 @@ def fault_alloc(ucmd: UserCommand[Context, iommu_fault_alloc]) -> None:
         ucmd.respond()
     except KernelError:
         os.close(fd)
-        ctx.kernel.notice_closed()
+        ctx.kernel.notice()
         ctx.objects.abort(fault)
         raise
     ctx.objects.finalize(fault)

@@ -262,8 +262,8 @@ def _charge_process(ucmd: UserCommand[Context, iommu_ioas_change_process], owned
     moving = [pages for pages in owned if pages.process is not process]
     for mode in (ACCOUNT_USER, ACCOUNT_MM):
         npages = sum(pages.npinned for pages in moving if pages.account_mode == mode)
-        charged = kernel.user(process.uid()).locked_vm if mode == ACCOUNT_USER else process.mm.locked_vm
-        if npages and charged + npages > process.rlimit_memlock() >> PAGE_SHIFT:
+        charged = kernel.user(process.credentials.uid()).locked_vm if mode == ACCOUNT_USER else process.mm.locked_vm
+        if npages and charged + npages > process.credentials.memlock() >> PAGE_SHIFT:
             raise KernelError(errno.ENOMEM, f"{charged} + {npages} pages are over RLIMIT_MEMLOCK")
     for pages in moving:
         pages.change_process(process)

@@ -48,7 +48,7 @@ def register(kernel: Kernel) -> None:
         kernel.contexts.add(context)
         return context
 
-    kernel.files.add_node(DEV_IOMMU, open_context)
+    kernel.files.add_node(DEV_IOMMU, open_context, 0o660)
 
 
 @table.handles(IOMMU_DESTROY)

@@ -73,7 +73,7 @@ class Pages:
             raise KernelError(errno.EINVAL, f"a mapping of {length:#x} bytes")
         self.kernel = kernel
         self.process = process
-        self.uid = process.uid()
+        self.uid = process.credentials.uid()
         self.writable = writable
         self.npages = (length + page_offset + PAGE_MASK) >> PAGE_SHIFT
         self.account_mode = ACCOUNT_NONE if process.capable(CAP_IPC_LOCK) else ACCOUNT_USER
@@ -187,7 +187,7 @@ class Pages:
         """iopt_pages_update_pinned(), upwards. ENOMEM over RLIMIT_MEMLOCK in modes USER and MM."""
         mm = self.process.mm
         if self.account_mode != ACCOUNT_NONE and npages:
-            limit = self.process.rlimit_memlock() >> PAGE_SHIFT
+            limit = self.process.credentials.memlock() >> PAGE_SHIFT
             user = self.kernel.user(self.uid)
             charged = user.locked_vm if self.account_mode == ACCOUNT_USER else mm.locked_vm
             if charged + npages > limit:
@@ -322,7 +322,7 @@ class FilePages(Pages):
 
     def change_process(self, process: Process) -> None:
         """IOMMU_IOAS_CHANGE_PROCESS: `process` owns and pays from now on. The caller has checked its limits."""
-        npages, uid = self.npinned, process.uid()
+        npages, uid = self.npinned, process.credentials.uid()
         old_mm, mm = self.process.mm, process.mm
         if self.account_mode == ACCOUNT_USER:
             self.kernel.user(self.uid).locked_vm -= npages
