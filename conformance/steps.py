@@ -54,7 +54,8 @@ def errno_name(number: int | None) -> str:
     """The symbol of an errno, "success" for 0."""
     if not number:
         return "success"
-    return errno.errorcode.get(number, str(number))
+    # Python's table has the alias of the two.
+    return errno.errorcode.get(number, str(number)).replace("ENOTSUP", "EOPNOTSUPP")
 
 
 @contextlib.contextmanager
