@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from conformance.offers import PROBES, version
+from conformance.offers import PROBES, older
 from uapi.backend import DEV_IOMMU, Backend
 from uapi.decode import render_all
 from uapi.trace import RecordedFile, Recorder
@@ -100,6 +100,7 @@ def iommu(kernel: Recorder) -> Iterator[RecordedFile]:
 # ----------------------------------------------------------------------------------------------- which tests are run
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("only"):
         wanted = Path(config.getoption("only")).read_text().split("\n")
@@ -128,7 +129,7 @@ def _unfit(config: pytest.Config, item: pytest.Item, backend: Backend) -> str | 
         if marker is not None and backend.name == other:
             return f"{kind.replace('_', ' ')}: {marker.args[0]}"
     for marker in item.iter_markers("since"):
-        if version(backend.release) < version(marker.args[0]):
+        if older(backend.release, marker.args[0]):
             return f"needs Linux {marker.args[0]}"
     offers = config.stash[_OFFERS]
     for marker in item.iter_markers("needs"):

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 
 from uapi.backend import DEV_IOMMU, Backend
+from uapi.version import includes
 
 #: QEMU's educational device, the DMA engine that the suite drives.
 EDU = ("0x1234", "0x11e8")
@@ -106,7 +107,10 @@ PROBES: dict[str, Callable[[Backend], str | None]] = {
 }
 
 
-def version(release: str) -> tuple[int, ...]:
-    """("7.3.4-oracle") -> (7, 3, 4); only the leading numbers count."""
-    found = re.match(r"\d+(\.\d+)*", release)
-    return tuple(int(part) for part in found.group().split(".")) if found else ()
+def older(release: str, since: str) -> bool:
+    """Whether a kernel of this release ("7.3.4-oracle", "7.4.0-rc1+", "6.12") comes before `since`."""
+    found = re.match(r"(\d+\.\d+)(\.\d+)?(-rc\d+)?", release)
+    if found is None:
+        return True
+    base, point, candidate = found.groups()
+    return not includes(base + (candidate or point or ""), since)

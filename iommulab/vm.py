@@ -2,11 +2,12 @@
 
 virtme-ng boots the image with this machine's root file system (read-only, writes go to memory) and the project's own
 Python environment in it. The test process writes its events to a virtio port, which QEMU appends to a file here: every
-line is out of the guest before the next step, so a panic loses nothing. The guest's console is a second serial port.
+line is out of the guest before the next step, so a panic loses nothing. The guest's console goes to a file of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ QEMU = "qemu-system-x86_64"
 PORT = "iommulab.events"
 MEMORY = "2G"
 #: 80 huge pages for the tests that need them; the console tells warnings and IOMMU faults, not the whole boot.
-KERNEL_ARGUMENTS = "hugepages=80 console=ttyS1 loglevel=6 panic=-1"
+KERNEL_ARGUMENTS = "hugepages=80 loglevel=6 panic=-1"
 #: Seconds in which a kernel that really runs has printed its first lines.
 PROBE_SECONDS = 10.0
 
@@ -106,6 +108,19 @@ def kvm_problem(qemu: Qemu, image: Image | None) -> str | None:
     return f"it does not boot a kernel within {PROBE_SECONDS:.0f} s"
 
 
+@contextlib.contextmanager
+def collect(path: Path) -> Iterator[int]:
+    """The writing end of a pipe whose data goes to a file, for as long as somebody holds that end."""
+    reader, writer = os.pipe()
+    try:
+        with path.open("wb") as file:
+            subprocess.Popen(["cat"], stdin=reader, stdout=file, stderr=subprocess.DEVNULL, start_new_session=True)
+        yield writer
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
 class VmLaunch:
     """The test process in a guest that is booted for it."""
 
@@ -162,9 +177,8 @@ class VmLaunch:
     def start(self, events: Path, only: Path | None, attempt: int) -> subprocess.Popen[bytes]:
         script = self._directory / "guest.sh"
         script.write_text(self._script(only))
-        console = self._console(attempt)
         options = (
-            f"{self._options} -serial file:{console} -device virtio-serial-pci,id=iommulab "
+            f"{self._options} -device virtio-serial-pci,id=iommulab "
             f"-chardev file,id=events,path={events},append=on "
             f"-device virtserialport,bus=iommulab.0,chardev=events,name={PORT}"
         )
@@ -172,17 +186,19 @@ class VmLaunch:
         vng = shutil.which("vng", path=os.pathsep.join([tools, os.environ.get("PATH", "")]))
         if vng is None:
             raise UserError("virtme-ng has no `vng` command here; install it with: pip install 'iommulab[vm]'")
-        command = [vng, "--run", str(self._image.path), "--memory", MEMORY, "--cpus", "1", "--force-9p"]
+        command = [vng, "--run", str(self._image.path), "--memory", MEMORY, "--cpus", "1", "--verbose"]
         command += [] if self._kvm else ["--disable-kvm"]
         command += ["--cwd", "/", "--qemu", self._qemu.path]
         command += ["--append", KERNEL_ARGUMENTS, f"--qemu-opts={options}", "--", f"sh {shlex.quote(str(script))}"]
         environment = os.environ | {"PATH": os.pathsep.join([tools, os.environ.get("PATH", os.defpath)])}
-        with self._log(attempt).open("wb") as log:
+        # vng has QEMU open the guest's streams by name, each with an offset of its own, so they must be pipes. Its
+        # --verbose sends the console to stderr.
+        with collect(self._log(attempt)) as output, collect(self._console(attempt)) as console:
             return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                stdout=output,
+                stderr=console,
                 start_new_session=True,
                 env=environment,
                 cwd=self._directory,
@@ -218,7 +234,7 @@ class VmLaunch:
         suffix = f"; its console says: {oops.group(1).strip()}" if oops else ""
         if status is None:
             return f"the guest was stopped{suffix}"
-        return f"the guest ended with the test (QEMU status {status}){suffix}"
+        return f"the guest ended with the test (status {status}){suffix}"
 
     def output(self, attempt: int) -> str:
         return f"{tail(self._log(attempt), 30)}\n{tail(self._console(attempt), 15)}".strip()

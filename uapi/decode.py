@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import importlib
+import functools
 from collections.abc import Iterator, Sequence
-from enum import EnumMeta
 from typing import Any, TypeAlias
 
+from uapi import registry
+from uapi.constants import Constant
 from uapi.cstruct import Struct, Union, fields_of
 from uapi.ioctl import Ioctl
 
@@ -29,18 +30,13 @@ _PAGE = 4096
 def _declared() -> dict[int, list[Ioctl[Any]]]:
     """Every declared ioctl by its number. A few VFIO numbers have two meanings, told apart by struct or file."""
     table: dict[int, list[Ioctl[Any]]] = {}
-    for name in ("uapi.iommufd", "uapi.vfio", "uapi.iommufd_test", "uapi.uacce"):
-        try:
-            module = importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-        for value in vars(module).values():
-            if isinstance(value, Ioctl) and value not in table.setdefault(value.number, []):
-                table[value.number].append(value)
+    for ioctl in [*registry.ioctls().values(), *registry.ioctls(registry.TEST_HEADER).values()]:
+        table.setdefault(ioctl.number, []).append(ioctl)
     return table
 
 
 IOCTLS = _declared()
+_BY_NAME = {ioctl.name: ioctl for ioctls in IOCTLS.values() for ioctl in ioctls}
 
 
 class _Names:
@@ -254,29 +250,58 @@ def decode(events: Sequence[Event]) -> Iterator[Call]:
         yield last
 
 
-def _flag_names(call: str, field: str) -> EnumMeta | None:
-    """The enum that names a flags member, found by the header's naming rule."""
-    known = next((entry for entries in IOCTLS.values() for entry in entries if entry.name == call), None)
-    if known is None or known.struct is None or field != "flags":
-        return None
-    module = importlib.import_module(known.struct.__module__)
-    stem = known.struct.__name__
-    for name in (f"{stem}_flags", stem.replace("iommu_", "iommufd_", 1) + "_flags"):
-        found = getattr(module, name, None)
-        if isinstance(found, EnumMeta):
-            return found
-    return None
+def _by_enum() -> dict[str, list[Constant]]:
+    found: dict[str, list[Constant]] = {}
+    for constant in [*registry.constants().values(), *registry.constants(registry.TEST_HEADER).values()]:
+        found.setdefault(constant.enum or "", []).append(constant)
+    return found
 
 
-def _show_flags(enum: EnumMeta, value: int) -> str:
-    names, left = [], value
-    members: list[Any] = list(enum.__members__.values())
-    for member in members:
-        bit = int(member.value)
+_ENUMS = _by_enum()
+#: Members that hold one value of an enum. Flags are found by the headers' naming rules.
+_VALUES = {
+    ("IOMMU_OPTION", "option_id"): "iommufd_option",
+    ("IOMMU_OPTION", "op"): "iommufd_option_ops",
+    ("IOMMU_VFIO_IOAS", "op"): "iommufd_vfio_ioas_op",
+    ("IOMMU_HWPT_ALLOC", "data_type"): "iommu_hwpt_data_type",
+    ("IOMMU_GET_HW_INFO", "data_type"): "iommu_hw_info_type",
+    ("IOMMU_GET_HW_INFO", "out_data_type"): "iommu_hw_info_type",
+    ("IOMMU_TEST_CMD", "op"): "",
+}
+
+
+@functools.cache
+def _names_of(call: str, field: str) -> tuple[bool, tuple[tuple[str, int], ...]]:
+    """(are they flags, (name, value) of each) for a member of a call's struct; nothing where none is known."""
+    known = _BY_NAME.get(call)
+    if known is None or known.struct is None:
+        return False, ()
+    if (call, field) in _VALUES:
+        enum = _VALUES[call, field]
+        chosen = _ENUMS.get(enum, []) if enum else [c for e in _ENUMS.values() for c in e if "_TEST_OP_" in c.name]
+        return False, tuple((constant.name, constant.value) for constant in chosen)
+    if field != "flags":
+        return False, ()
+    struct = known.struct.__name__
+    enum = f"{struct.replace('iommu_', 'iommufd_', 1)}_flags"
+    chosen = _ENUMS.get(enum) or _ENUMS.get(f"{struct}_flags") or []
+    if not chosen:
+        stem = struct.upper().removesuffix("_INFO")
+        prefixes = (f"{struct.upper()}_", f"{stem}_FLAGS_", f"{stem}_FLAG_")
+        chosen = [c for c in _ENUMS.get("", []) if c.name.startswith(prefixes) and c.value.bit_count() == 1]
+    return True, tuple((constant.name, constant.value) for constant in chosen)
+
+
+def _show_named(call: str, field: str, value: int) -> str:
+    flags, names = _names_of(call, field)
+    if not flags:
+        return next((name for name, known in names if known == value), _show(value))
+    parts, left = [], value
+    for name, bit in names:
         if bit and left & bit == bit:
-            names.append(member.name)
+            parts.append(name)
             left &= ~bit
-    return "|".join(names + ([hex(left)] if left or not names else []))
+    return "|".join(parts + ([_show(left)] if left or not parts else []))
 
 
 def _show(value: Any) -> str:
@@ -293,8 +318,8 @@ def render(call: Call) -> str:
     """One call on one line, for people."""
     parts = [call["file"]] if "file" in call else []
     for name, value in call.get("in", {}).items():
-        flags = _flag_names(call["call"], name) if isinstance(value, int) else None
-        parts.append(f"{name}={_show_flags(flags, value) if flags is not None else _show(value)}")
+        shown = _show_named(call["call"], name, value) if isinstance(value, int) else _show(value)
+        parts.append(f"{name}={shown}")
     text = f"{call['call']}({', '.join(parts)})"
     if "client" in call:
         text = f"client{call['client']}: {text}"
