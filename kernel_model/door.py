@@ -31,15 +31,13 @@ from uapi.linux import address_of
 if TYPE_CHECKING:
     from kernel_model.kernel import Kernel
 
-_MASK = 0xFFFFFFFFFFFFFFFF
-
 
 class Descriptor:
-    """The model's end of an open file: the socket, its identity, and the description behind it."""
+    """The model's end of an open file: the socket, its identity (inode and device), and the description behind it."""
 
     __slots__ = ("description", "key", "sock")
 
-    def __init__(self, sock: socket.socket, key: tuple[int, int], description: FileDescription) -> None:
+    def __init__(self, sock: socket.socket, key: tuple[int, ...], description: FileDescription) -> None:
         self.sock = sock
         self.key = key
         self.description = description
@@ -148,14 +146,18 @@ class ModelFile:
 
     def ioctl(self, request: int, arg: Argument = 0) -> int:
         kernel = self._kernel
-        with kernel.entered():
+        kernel.enter()
+        try:
             description = kernel.description(self._fd)
-            if isinstance(arg, int):
-                call = SystemCall(kernel, kernel.process)
-                return description.ioctl(call, request & 0xFFFFFFFF, arg & _MASK)
+            call = kernel.own_call
             base = address_of(arg)
-            call = SystemCall(kernel, kernel.process, base, memoryview(arg).cast("B"))
+            if isinstance(arg, int):
+                call.trust_nothing()
+            else:
+                call.trust(base, memoryview(arg).cast("B"))
             return description.ioctl(call, request & 0xFFFFFFFF, base)
+        finally:
+            kernel.leave()
 
     def read(self, count: int) -> bytes:
         return self._read(count, None)
@@ -242,10 +244,10 @@ class ModelRemoteFile:
         kernel = self._kernel
         with kernel.entered():
             description = kernel.description(self._fd, self._process)
-            if isinstance(arg, int):
-                return description.ioctl(SystemCall(kernel, self._process), request & 0xFFFFFFFF, arg & _MASK)
+            call = SystemCall(kernel, self._process)
             base = address_of(arg)
-            call = SystemCall(kernel, self._process, base, memoryview(arg).cast("B"))
+            if not isinstance(arg, int):
+                call.trust(base, memoryview(arg).cast("B"))
             return description.ioctl(call, request & 0xFFFFFFFF, base)
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ checked.
 from __future__ import annotations
 
 import errno
+from struct import Struct
 from typing import TYPE_CHECKING, Protocol
 
 from kernel_model.errors import KernelError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from kernel_model.kernel import Kernel
     from kernel_model.process import Process
 
+_u32 = Struct("<I").unpack_from
+_NO_BLOCK = memoryview(b"")
 POLLIN, POLLOUT, POLLERR, POLLHUP, POLLRDNORM, POLLWRNORM = 0x1, 0x4, 0x8, 0x10, 0x40, 0x100
 
 
@@ -28,17 +31,25 @@ class SystemCall:
 
     __slots__ = ("_base", "_block", "_end", "kernel", "process")
 
-    def __init__(self, kernel: Kernel, process: Process, base: int = 0, block: memoryview | None = None) -> None:
+    def __init__(self, kernel: Kernel, process: Process) -> None:
         self.kernel = kernel
         self.process = process
+        self.trust_nothing()
+
+    def trust(self, base: int, block: memoryview) -> None:
+        """The argument's own bytes: the object `block` at address `base`."""
         self._base = base
+        self._end = base + len(block)
         self._block = block
-        self._end = base + len(block) if block is not None else 0
+
+    def trust_nothing(self) -> None:
+        """The argument is a value or a bare address."""
+        self._base, self._end = 1, 0  # contains nothing, not even an empty range
+        self._block = _NO_BLOCK
 
     def copy_from_user(self, address: int, length: int) -> bytes | memoryview:
         """`length` bytes of the caller's memory; EFAULT where they cannot be read."""
         if self._base <= address and address + length <= self._end:
-            assert self._block is not None
             start = address - self._base
             return self._block[start : start + length]
         return self.process.mm.read(address, length)
@@ -47,7 +58,6 @@ class SystemCall:
         """Store `data` in the caller's memory; EFAULT where it cannot be written."""
         length = len(data)
         if self._base <= address and address + length <= self._end:
-            assert self._block is not None
             start = address - self._base
             self._block[start : start + length] = data
             return
@@ -56,9 +66,8 @@ class SystemCall:
     def get_u32(self, address: int) -> int:
         """get_user() of a 32-bit word."""
         if self._base <= address and address + 4 <= self._end:
-            assert self._block is not None
-            start = address - self._base
-            return int.from_bytes(self._block[start : start + 4], "little")
+            value: int = _u32(self._block, address - self._base)[0]
+            return value
         return int.from_bytes(self.process.mm.read(address, 4), "little")
 
     def check_zeroed(self, address: int, length: int) -> None:
@@ -66,7 +75,6 @@ class SystemCall:
         mm = self.process.mm
         inside = min(max(self._end - address, 0), length) if self._base <= address else 0
         if inside:
-            assert self._block is not None
             start = address - self._base
             if any(self._block[start : start + inside]):
                 raise KernelError(errno.E2BIG, "a byte beyond the kernel's struct is not zero")

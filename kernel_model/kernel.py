@@ -19,6 +19,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from os import fstat
 from typing import TYPE_CHECKING
 
 from fakedev.machine import Machine
@@ -47,27 +48,16 @@ _ADDRESS_SPACES = 15
 class Entry:
     """The way into the kernel and out again, as a context manager."""
 
-    __slots__ = ("_depth", "_kernel", "_lock")
+    __slots__ = ("_kernel",)
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self._lock = threading.RLock()
-        self._depth = 0
 
     def __enter__(self) -> None:
-        kernel = self._kernel
-        if kernel.dead:
-            raise KernelBug(kernel.dead)
-        self._lock.acquire()
-        self._depth += 1
-        if self._depth == 1:
-            kernel.notice()
+        self._kernel.enter()
 
     def __exit__(self, *_: object) -> None:
-        if self._depth == 1 and self._kernel.queue:
-            self._kernel.drain()
-        self._depth -= 1
-        self._lock.release()
+        self._kernel.leave()
 
 
 class Kernel:
@@ -103,18 +93,24 @@ class Kernel:
         self._users: dict[int, User] = {}
         self._free_mms = list(range(_ADDRESS_SPACES, 0, -1))
         self._processes: dict[int, Process] = {}
-        self._descriptors: dict[tuple[int, int], Descriptor] = {}
+        #: By (inode, device), in the order of a stat result.
+        self._descriptors: dict[tuple[int, ...], Descriptor] = {}
         self._hangups = select.epoll()
         self._by_fd: dict[int, Descriptor] = {}
         self.queue: deque[Callable[[], None]] = deque()
-        self.dead = ""
+        self._dead = ""
         self._entry = Entry(self)
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._poll = self._hangups.poll
         self._buffers = ClientMemory()
         if credentials not in ("root", "host"):
             raise ValueError(f"credentials are 'root' or 'host', not {credentials!r}")
         own = HostCredentials(os.getpid()) if credentials == "host" else Credentials()
         self.process = self.add_process(os.getpid(), own)
         self.process.mm.buffers = self._buffers
+        #: The call in progress of this process; there is never more than one.
+        self.own_call = SystemCall(self, self.process)
         _live.add(self)
         boot(self)
 
@@ -150,12 +146,12 @@ class Kernel:
 
     def close(self) -> None:
         """Shut the kernel down. Open descriptors are closed from its side."""
-        if self.dead:
+        if self._dead:
             return
         for descriptor in list(self._descriptors.values()):
             self._hang_up(descriptor)
         self.drain()
-        self.dead = "the kernel is closed"
+        self._dead = "the kernel is closed"
         self._hangups.close()
         for process in self._processes.values():
             process.mm.close()
@@ -177,6 +173,22 @@ class Kernel:
         """One system call: what happened outside is noticed first, deferred work is done before it returns."""
         return self._entry
 
+    def enter(self) -> None:
+        """The beginning of `entered()`. KernelBug: the kernel is closed, or this is a forked child."""
+        if self._dead:
+            raise KernelBug(self._dead)
+        self._lock.acquire()
+        self._depth += 1
+        if self._depth == 1 and (self._poll(0) or self.watched_mappings or self.queue):
+            self.notice()
+
+    def leave(self) -> None:
+        """The end of `entered()`."""
+        if self.queue and self._depth == 1:
+            self.drain()
+        self._depth -= 1
+        self._lock.release()
+
     def defer(self, work: Callable[[], None]) -> None:
         """Run `work` before the current call returns."""
         self.queue.append(work)
@@ -191,8 +203,7 @@ class Kernel:
             description.release()
             raise KernelError(error.errno or errno.EMFILE, "no descriptor is left") from error
         ours.setblocking(False)
-        status = os.fstat(theirs.fileno())
-        descriptor = Descriptor(ours, (status.st_dev, status.st_ino), description)
+        descriptor = Descriptor(ours, fstat(theirs.fileno())[1:3], description)
         self._descriptors[descriptor.key] = descriptor
         self._by_fd[ours.fileno()] = descriptor
         self._hangups.register(ours.fileno(), select.EPOLLHUP | select.EPOLLRDHUP)
@@ -208,10 +219,10 @@ class Kernel:
     def lookup(self, fd: int, process: Process | None = None) -> FileDescription | None:
         """As `description`, but None for an open descriptor that is not the model's. EBADF if it is not open."""
         try:
-            status = os.fstat(fd) if process is None or process.is_self else process.stat_fd(fd)
+            status = fstat(fd) if process is None or process.is_self else process.stat_fd(fd)
         except (OSError, OverflowError) as error:
             raise KernelError(errno.EBADF, f"descriptor {fd} is not open") from error
-        descriptor = self._descriptors.get((status.st_dev, status.st_ino))
+        descriptor = self._descriptors.get(status[1:3])
         return None if descriptor is None else descriptor.description
 
     def maps_device(self, process: Process, start: int, length: int) -> bool:
@@ -242,7 +253,7 @@ class Kernel:
 
     def disown(self, reason: str) -> None:
         """Refuse every further call: this copy of the model is in a forked child."""
-        self.dead = reason
+        self._dead = reason
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

@@ -37,9 +37,10 @@ def address_of(arg: Argument | None) -> int:
         return arg & 0xFFFFFFFFFFFFFFFF
     if arg is None:
         return 0
-    if isinstance(arg, bytearray | memoryview):
+    try:
+        return ctypes.addressof(arg)  # type: ignore[arg-type]  # a buffer raises TypeError
+    except TypeError:
         return ctypes.addressof((ctypes.c_char * len(arg)).from_buffer(arg))
-    return ctypes.addressof(arg)
 
 
 def _fail(path: str) -> OSError:

@@ -1,0 +1,220 @@
+"""What `iommulab bench` measures, as one client of any backend.
+
+Every figure is the best of several rounds, in microseconds a call: the best is what the code costs when nothing else
+runs. The same functions run on the real kernel and on the model, in the same place, so that their ratio means something.
+`python -m iommulab.measure --backend MODULE:FACTORY` prints the figures as JSON; the bench runs that in a guest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+from conformance.drivers.vfio import VfioDevice, functions
+from uapi.backend import DEV_IOMMU, Backend, File
+from uapi.iommufd import (
+    IOMMU_DESTROY,
+    IOMMU_IOAS_ALLOC,
+    IOMMU_IOAS_MAP,
+    IOMMU_IOAS_MAP_FIXED_IOVA,
+    IOMMU_IOAS_MAP_READABLE,
+    IOMMU_IOAS_MAP_WRITEABLE,
+    IOMMU_IOAS_UNMAP,
+    IOMMU_OPTION,
+    IOMMU_OPTION_OP_GET,
+    IOMMU_OPTION_RLIMIT_MODE,
+)
+from uapi.vfio import VFIO_DEVICE_ATTACH_IOMMUFD_PT, VFIO_DEVICE_DETACH_IOMMUFD_PT
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+EDU = (0x1234, 0x11E8)
+_FLAGS = IOMMU_IOAS_MAP_FIXED_IOVA | IOMMU_IOAS_MAP_READABLE | IOMMU_IOAS_MAP_WRITEABLE
+#: Area counts of the scaling figures, and how many areas are added for one figure.
+AREA_COUNTS = (10, 1_000, 100_000, 1_000_000)
+_ADDED = 200
+
+Figures = dict[str, float]
+
+
+def best(call: Callable[[], object], *, seconds: float, rounds: int = 5) -> float:
+    """Microseconds a call: the best round. A round lasts about `seconds` / `rounds`."""
+    call()
+    number = 1
+    while True:
+        took = _time(call, number)
+        if took > seconds / rounds / 4 or number >= 1 << 20:
+            break
+        number *= 4
+    number = max(1, int(number * seconds / rounds / max(took, 1e-9)))
+    return min(_time(call, number) for _ in range(rounds)) / number * 1e6
+
+
+def _time(call: Callable[[], object], number: int) -> float:
+    gc.disable()
+    try:
+        begin = time.perf_counter()
+        for _ in range(number):
+            call()
+        return time.perf_counter() - begin
+    finally:
+        gc.enable()
+
+
+def ioctl_figures(kernel: Backend, seconds: float) -> Iterator[tuple[str, float]]:
+    """Calls on /dev/iommu alone."""
+    with kernel.open(DEV_IOMMU) as iommu:
+        cheap = IOMMU_OPTION.make(option_id=IOMMU_OPTION_RLIMIT_MODE, op=IOMMU_OPTION_OP_GET)
+        yield "ioctl, cheap (OPTION get)", best(lambda: iommu.ioctl(IOMMU_OPTION.number, cheap), seconds=seconds)
+
+        absent = IOMMU_DESTROY.make(id=0)
+
+        def fail() -> None:
+            try:
+                iommu.ioctl(IOMMU_DESTROY.number, absent)
+            except OSError:
+                return
+            raise RuntimeError("id 0 was destroyed")
+
+        yield "ioctl, failing (DESTROY 0)", best(fail, seconds=seconds)
+
+        ioas, destroy = IOMMU_IOAS_ALLOC.make(), IOMMU_DESTROY.make()
+
+        def alloc_destroy() -> None:
+            iommu.ioctl(IOMMU_IOAS_ALLOC.number, ioas)
+            destroy.id = ioas.out_ioas_id
+            iommu.ioctl(IOMMU_DESTROY.number, destroy)
+
+        yield "IOAS_ALLOC + DESTROY", best(alloc_destroy, seconds=seconds)
+
+
+def map_unmap(iommu: File, ioas_id: int, address: int, length: int) -> Callable[[], None]:
+    """One MAP and one UNMAP of the range at a fixed IOVA."""
+    iova = 1 * GIB
+    map_ = IOMMU_IOAS_MAP.make(ioas_id=ioas_id, flags=_FLAGS, user_va=address, length=length, iova=iova)
+    unmap = IOMMU_IOAS_UNMAP.make(ioas_id=ioas_id, iova=iova, length=length)
+
+    def call() -> None:
+        iommu.ioctl(IOMMU_IOAS_MAP.number, map_)
+        unmap.length = length
+        iommu.ioctl(IOMMU_IOAS_UNMAP.number, unmap)
+
+    return call
+
+
+@contextmanager
+def buffer_of(kernel: Backend, length: int) -> Iterator[int]:
+    """Touched client memory; its address. MemoryError where the machine has not enough."""
+    try:
+        buffer = kernel.buffer(length)
+    except OSError as error:
+        raise MemoryError(str(error)) from error
+    view = buffer.view
+    for offset in range(0, length, 4096):
+        view[offset] = 1
+    try:
+        yield buffer.address
+    finally:
+        buffer.close()
+
+
+def map_figures(kernel: Backend, seconds: float, label: str, iommu: File, ioas_id: int) -> Iterator[tuple[str, float]]:
+    """MAP + UNMAP of 4 KiB, 2 MiB and 1 GiB."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    for length, name in ((4 * KIB, "4 KiB"), (2 * MIB, "2 MiB"), (GIB, "1 GiB")):
+        if length * 5 // 4 > available:
+            continue
+        with buffer_of(kernel, length) as address:
+            yield f"MAP + UNMAP {name}, {label}", best(map_unmap(iommu, ioas_id, address, length), seconds=seconds)
+
+
+def area_figures(kernel: Backend, counts: tuple[int, ...]) -> Iterator[tuple[str, float]]:
+    """MAP of one more 4 KiB page where so many areas are there already, every second page of the space."""
+    with kernel.open(DEV_IOMMU) as iommu, buffer_of(kernel, 4096) as address:
+        ioas_id = IOMMU_IOAS_ALLOC(iommu).out_ioas_id
+        arg = IOMMU_IOAS_MAP.make(ioas_id=ioas_id, flags=_FLAGS, user_va=address, length=4096)
+        number, base, have = IOMMU_IOAS_MAP.number, 1 * GIB, 0
+
+        def add(count: int) -> float:
+            nonlocal have
+            begin = time.perf_counter()
+            for index in range(have, have + count):
+                arg.iova = base + index * 8192
+                iommu.ioctl(number, arg)
+            have += count
+            return (time.perf_counter() - begin) / count * 1e6
+
+        for count in counts:
+            if count > have:
+                add(count - have)
+            gc.disable()
+            yield f"MAP 4 KiB among {count:,} areas", min(add(_ADDED) for _ in range(5))
+            gc.enable()
+
+
+def device_figures(kernel: Backend, seconds: float) -> Iterator[tuple[str, float]]:
+    """What needs a device: attach + detach, and mappings that reach a domain."""
+    addresses = functions(kernel, *EDU)
+    if not addresses:
+        return
+    with kernel.open(DEV_IOMMU) as iommu, VfioDevice(kernel, addresses[0]) as device:
+        device.bind(iommu)
+        ioas_id = IOMMU_IOAS_ALLOC(iommu).out_ioas_id
+        attach = VFIO_DEVICE_ATTACH_IOMMUFD_PT.make()
+        detach = VFIO_DEVICE_DETACH_IOMMUFD_PT.make()
+
+        def attach_detach() -> None:
+            attach.pt_id = ioas_id
+            device.file.ioctl(VFIO_DEVICE_ATTACH_IOMMUFD_PT.number, attach)
+            device.file.ioctl(VFIO_DEVICE_DETACH_IOMMUFD_PT.number, detach)
+
+        yield "attach + detach", best(attach_detach, seconds=seconds)
+        device.attach(ioas_id)
+        yield from map_figures(kernel, seconds, "one domain", iommu, ioas_id)
+
+
+def client_figures(kernel: Backend, seconds: float, counts: tuple[int, ...]) -> Iterator[tuple[str, float]]:
+    """All figures of one backend, as they are measured."""
+    yield from ioctl_figures(kernel, seconds)
+    with kernel.open(DEV_IOMMU) as iommu:
+        ioas_id = IOMMU_IOAS_ALLOC(iommu).out_ioas_id
+        yield from map_figures(kernel, seconds, "no domain", iommu, ioas_id)
+    yield from device_figures(kernel, seconds)
+    yield from area_figures(kernel, counts)
+
+
+def memmove_figures(seconds: float) -> Iterator[tuple[str, float]]:
+    """ctypes.memmove of the DMA sizes, the physical limit for a copy from Python."""
+    source, target = ctypes.create_string_buffer(MIB), ctypes.create_string_buffer(MIB)
+    here, there = ctypes.addressof(source), ctypes.addressof(target)
+    for length, name in ((8, "8 B"), (4 * KIB, "4 KiB"), (MIB, "1 MiB")):
+        yield f"memmove {name}", best(lambda length=length: ctypes.memmove(there, here, length), seconds=seconds)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m iommulab.measure")
+    parser.add_argument("--backend", required=True, metavar="MODULE:FACTORY")
+    parser.add_argument("--seconds", type=float, default=0.3, help="time for one figure")
+    parser.add_argument("--areas", type=int, default=AREA_COUNTS[-1], help="the largest number of areas")
+    parser.add_argument("--output", help="one JSON object a line: name and microseconds; standard output if not given")
+    args = parser.parse_args()
+    module, _, factory = args.backend.partition(":")
+    kernel: Backend = getattr(importlib.import_module(module), factory)()
+    counts = tuple(count for count in AREA_COUNTS if count <= args.areas)
+    with open(args.output, "w", encoding="utf-8") if args.output else nullcontext(sys.stdout) as output:
+        for name, microseconds in client_figures(kernel, args.seconds, counts):
+            output.write(json.dumps({"name": name, "us": microseconds}) + "\n")
+            output.flush()
+    kernel.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
