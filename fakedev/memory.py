@@ -67,17 +67,17 @@ class PhysicalMemory:
     is touched. ValueError for a bad size.
     """
 
-    __slots__ = ("_base", "_bases", "_end", "_fd", "_map", "_target", "_windows", "ram", "ram_size", "words")
+    __slots__ = ("_base", "_bases", "_end", "_fd", "_target", "_windows", "mapped", "ram", "ram_size", "words")
 
     def __init__(self, ram_size: int = LOW_RAM_LIMIT) -> None:
         if ram_size % PAGE_SIZE or not 0 < ram_size <= LOW_RAM_LIMIT:
             raise ValueError(f"{ram_size:#x} bytes of RAM: not a multiple of 4 KiB up to {LOW_RAM_LIMIT:#x}")
         self._fd = os.memfd_create("fakedev-ram", os.MFD_CLOEXEC)
         os.ftruncate(self._fd, ram_size)
-        self._map = mmap.mmap(self._fd, ram_size)
+        #: RAM as a mapping (its slices are `bytes`), as a view, and as little-endian 64-bit words.
+        self.mapped = mmap.mmap(self._fd, ram_size)
         self.ram_size = ram_size
-        #: RAM as bytes, and as little-endian 64-bit words.
-        self.ram = memoryview(self._map)
+        self.ram = memoryview(self.mapped)
         self.words = self.ram.cast("Q")
         self._bases: list[int] = []
         self._windows: list[tuple[int, int, Backing]] = []
@@ -133,10 +133,10 @@ class PhysicalMemory:
         """The bytes of [pa, pa + length). BusAbort where nothing answers."""
         end = pa + length
         if end <= self.ram_size:
-            return bytes(self.ram[pa:end])
+            return self.mapped[pa:end]
         if not self._base <= pa < self._end:
             if pa < self.ram_size:
-                return bytes(self.ram[pa : self.ram_size]) + self.read(self.ram_size, end - self.ram_size)
+                return self.mapped[pa : self.ram_size] + self.read(self.ram_size, end - self.ram_size)
             self._select(pa)
         if end > self._end:
             split = self._end - pa
@@ -170,7 +170,7 @@ class PhysicalMemory:
         self.words.release()
         try:
             self.ram.release()
-            self._map.close()
+            self.mapped.close()
         except BufferError:
             pass
         os.close(self._fd)

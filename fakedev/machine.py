@@ -1,0 +1,205 @@
+"""Whole machines: memory, functions, IOMMUs.
+
+`machine(name)` builds one of `MACHINES`. `q35-vtd-legacy` has the functions of the virtual machine that the suite runs
+real kernels in (`iommulab conformance --on vm`: QEMU's q35 with `intel-iommu,x-scalable-mode=off` and `edu`), at the
+same addresses with the same ids and BARs, as Linux sees them; only `edu` does anything, the others are there so that
+IOMMU groups have the same numbers. `bare` is memory and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from fakedev.edu import Edu
+from fakedev.memory import BusAbort, PhysicalMemory
+from fakedev.pci import IO, MEM32, MEM64, PCI_MULTIFUNCTION, Bar, PciFunction, RootComplex
+from fakedev.vtd import regs
+from fakedev.vtd.unit import VtdUnit
+
+#: Of QEMU 10's intel-iommu with aw-bits=48, caching-mode=on, x-scalable-mode=off, intremap=on.
+VTD_LEGACY_CAP = 0x00D2_008C_222F_0686
+VTD_LEGACY_ECAP = 0x0000_0000_00F0_0F4A
+VTD_BASE = 0xFED9_0000
+
+
+class Mmio:
+    """The registers that the processor reaches by address: `read` and `write` of 4 or 8 bytes."""
+
+    def __init__(self) -> None:
+        self._windows: list[tuple[int, int, VtdUnit]] = []
+
+    def add(self, base: int, unit: VtdUnit) -> None:
+        self._windows.append((base, base + regs.WINDOW_SIZE, unit))
+
+    def read(self, address: int, width: int) -> int:
+        """A load. BusAbort where there is no register window."""
+        for base, end, unit in self._windows:
+            if base <= address < end:
+                return unit.read(address - base, width)
+        raise BusAbort(address)
+
+    def write(self, address: int, width: int, value: int) -> None:
+        """A store; it has taken effect when the call returns. BusAbort where there is no register window."""
+        for base, end, unit in self._windows:
+            if base <= address < end:
+                unit.write(address - base, width, value)
+                return
+        raise BusAbort(address)
+
+
+class Machine:
+    """A box: `memory`, `mmio`, `root` (the PCI functions), and what the firmware tells about its VT-d units.
+
+    A kernel finds functions in `functions` (by address, ascending) and units in `vtd_units` ([(register base, rids)],
+    the DMAR table). `last_faults` holds the last refused DMAs in words, newest last.
+    """
+
+    def __init__(self, name: str, memory: PhysicalMemory | None = None) -> None:
+        self.name = name
+        self.memory = PhysicalMemory() if memory is None else memory
+        self.mmio = Mmio()
+        self.root = RootComplex(self.memory)
+        self.last_faults: deque[str] = deque(maxlen=16)
+        #: For tests and tools: the units themselves. A driver uses `mmio`.
+        self.units: list[VtdUnit] = []
+        self.vtd_units: list[tuple[int, list[int]]] = []
+
+    @property
+    def functions(self) -> list[PciFunction]:
+        """All functions, in the order of a bus scan."""
+        return [function for _, function in sorted(self.root.functions.items())]
+
+    def function(self, address: str) -> PciFunction:
+        """The function at "0000:00:10.0". KeyError if there is none."""
+        for function in self.root.functions.values():
+            if function.address == address:
+                return function
+        raise KeyError(address)
+
+    def add_vtd(self, base: int = VTD_BASE, cap: int = VTD_LEGACY_CAP, ecap: int = VTD_LEGACY_ECAP) -> VtdUnit:
+        """A VT-d unit with its registers at `base`."""
+        unit = VtdUnit(self.memory, cap, ecap, send_interrupt=self.root.interrupt, on_fault=self.last_faults.append)
+        self.mmio.add(base, unit)
+        self.units.append(unit)
+        self.vtd_units.append((base, []))
+        return unit
+
+    def add(self, function: PciFunction, unit: VtdUnit | None = None) -> PciFunction:
+        """Plug a function in, behind `unit` or behind none."""
+        self.root.add(function, unit)
+        if unit is not None:
+            self.vtd_units[self.units.index(unit)][1].append(function.rid)
+        return function
+
+    @property
+    def tlb_entries(self) -> int:
+        """Translations that are cached anywhere in the machine; a leak test compares it."""
+        return sum(len(unit.tlb) for unit in self.units)
+
+    @property
+    def interrupt_sink(self) -> Callable[[int, int], None] | None:
+        """Who gets (address, data) of every MSI. The kernel sets it."""
+        return self.root.interrupt_sink
+
+    @interrupt_sink.setter
+    def interrupt_sink(self, sink: Callable[[int, int], None] | None) -> None:
+        self.root.interrupt_sink = sink
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.memory.close()
+
+
+def _virtio(slot: int, device_id: int, class_code: int, line: int) -> PciFunction:
+    """An inert virtio function as virtme-ng's guest has it."""
+    position = 0 if slot == 1 else slot - 2
+    memory_slot = 0 if slot == 1 else slot - 1
+    return PciFunction(
+        f"0000:00:{slot:02x}.0",
+        (0x1AF4, device_id),
+        class_code,
+        subsystem=(0x1AF4, device_id - 0x1000),
+        bars=[Bar(64, IO), Bar(0x1000, MEM32), None, None, Bar(0x4000, MEM64, prefetchable=True)],
+        addresses=[0xC000 + 0x40 * position, 0xFEB0_0000 + 0x1000 * memory_slot, 0, 0, 0xFEBE_4000 + 0x4000 * position],
+        interrupt_pin=1,
+        interrupt_line=line,
+        command=0x507,
+    )
+
+
+def _bare() -> Machine:
+    return Machine("bare")
+
+
+def _q35_vtd_legacy() -> Machine:
+    box = Machine("q35-vtd-legacy")
+    unit = box.add_vtd()
+    qemu = (0x1AF4, 0x1100)
+    functions = [
+        PciFunction("0000:00:00.0", (0x8086, 0x29C0), 0x060000, subsystem=qemu, command=0x103),
+        _virtio(1, 0x1009, 0x000200, 10),
+        PciFunction(
+            "0000:00:02.0",
+            (0x8086, 0x25AB),
+            0x088000,
+            subsystem=qemu,
+            bars=[Bar(16)],
+            addresses=[0xFEB0_1000],
+            command=0x103,
+        ),
+        _virtio(3, 0x1003, 0x078000, 11),
+        *(_virtio(slot, 0x1003, 0x078000, 11 if slot in (6, 7) else 10) for slot in range(4, 9)),
+        Edu("0000:00:10.0", bar_address=0xFEA0_0000, interrupt_line=10, command=0x103),
+        PciFunction(
+            "0000:00:1f.0",
+            (0x8086, 0x2918),
+            0x060100,
+            revision=2,
+            subsystem=qemu,
+            header_type=PCI_MULTIFUNCTION,
+            command=0x103,
+        ),
+        PciFunction(
+            "0000:00:1f.2",
+            (0x8086, 0x2922),
+            0x010601,
+            revision=2,
+            subsystem=qemu,
+            header_type=PCI_MULTIFUNCTION,
+            bars=[None, None, None, None, Bar(32, IO), Bar(0x1000)],
+            addresses=[0, 0, 0, 0, 0xC200, 0xFEB0_8000],
+            interrupt_pin=1,
+            interrupt_line=10,
+            command=0x107,
+        ),
+        PciFunction(
+            "0000:00:1f.3",
+            (0x8086, 0x2930),
+            0x0C0500,
+            revision=2,
+            subsystem=qemu,
+            header_type=PCI_MULTIFUNCTION,
+            bars=[None, None, None, None, Bar(64, IO)],
+            addresses=[0, 0, 0, 0, 0x700],
+            interrupt_pin=1,
+            interrupt_line=10,
+            command=0x103,
+        ),
+    ]
+    for function in functions:
+        box.add(function, unit)
+    return box
+
+
+#: Machines by name.
+MACHINES: dict[str, Callable[[], Machine]] = {"bare": _bare, "q35-vtd-legacy": _q35_vtd_legacy}
+
+
+def machine(name: str) -> Machine:
+    """A new machine of that name. ValueError for a name that is not in MACHINES."""
+    try:
+        build = MACHINES[name]
+    except KeyError:
+        raise ValueError(f"no machine {name!r}; there are {', '.join(sorted(MACHINES))}") from None
+    return build()

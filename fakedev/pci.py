@@ -1,0 +1,377 @@
+"""PCI: the root complex, and functions with a configuration space that behaves as hardware does.
+
+Mirrors the PCI Local Bus specification 3.0, chapter 6 (type-0 headers, BAR sizing, MSI in 6.8) as QEMU's `hw/pci/pci.c`
+implements it: which bits of the command register can be set, that bytes behind the header which no capability claims
+are plain storage, that an access beyond the end reads as ones.
+
+Left out: bridges and secondary buses, MSI-X, PCI Express extended configuration space, power management, expansion
+ROMs. A function without a reset of its own has an empty `reset_methods`, as QEMU's `edu` has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from fakedev.dma import DmaAbort, DmaPort, IommuHardware
+from fakedev.memory import BusAbort, PhysicalMemory
+
+# Offsets and bits of the header (uapi/linux/pci_regs.h).
+PCI_VENDOR_ID, PCI_DEVICE_ID, PCI_COMMAND, PCI_STATUS = 0x00, 0x02, 0x04, 0x06
+PCI_REVISION_ID, PCI_CACHE_LINE_SIZE, PCI_HEADER_TYPE = 0x08, 0x0C, 0x0E
+PCI_BASE_ADDRESS_0, PCI_SUBSYSTEM_VENDOR_ID, PCI_CAPABILITY_LIST = 0x10, 0x2C, 0x34
+PCI_INTERRUPT_LINE, PCI_INTERRUPT_PIN = 0x3C, 0x3D
+PCI_COMMAND_IO, PCI_COMMAND_MEMORY, PCI_COMMAND_MASTER = 0x1, 0x2, 0x4
+PCI_COMMAND_SERR, PCI_COMMAND_INTX_DISABLE = 0x100, 0x400
+PCI_STATUS_INTERRUPT, PCI_STATUS_CAP_LIST = 0x08, 0x10
+PCI_CAP_ID_MSI = 0x05
+PCI_MSI_FLAGS, PCI_MSI_ADDRESS_LO, PCI_MSI_ADDRESS_HI = 0x02, 0x04, 0x08
+PCI_MSI_FLAGS_ENABLE, PCI_MSI_FLAGS_QSIZE, PCI_MSI_FLAGS_64BIT = 0x0001, 0x0070, 0x0080
+PCI_MULTIFUNCTION = 0x80
+
+_COMMAND_WRITABLE = (
+    PCI_COMMAND_IO | PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER | PCI_COMMAND_SERR | PCI_COMMAND_INTX_DISABLE
+)
+_STATUS_CLEARED_BY_ONES = 0xF900
+_HEADER_SIZE = 0x40
+_ADDRESS = re.compile(r"([0-9a-f]{4}):([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])")
+
+MEM32, MEM64, IO = "mem32", "mem64", "io"
+
+
+def rid_of(address: str) -> int:
+    """The requester id of "0000:00:10.0": bus, device, function. ValueError for anything else, and for segments."""
+    match = _ADDRESS.fullmatch(address)
+    if match is None or match[1] != "0000":
+        raise ValueError(f"no PCI address: {address!r}")
+    return int(match[2], 16) << 8 | int(match[3], 16) << 3 | int(match[4])
+
+
+class Bar:
+    """A base address register and the registers or memory behind it. This one is inert: reads 0, drops writes."""
+
+    def __init__(self, size: int, kind: str = MEM32, prefetchable: bool = False) -> None:
+        if size & (size - 1) or size < (4 if kind == IO else 16):
+            raise ValueError(f"a BAR of {size} bytes")
+        self.size = size
+        self.kind = kind
+        self.prefetchable = prefetchable
+
+    @property
+    def is_memory(self) -> bool:
+        return self.kind != IO
+
+    @property
+    def type_bits(self) -> int:
+        """The read-only low bits of the register."""
+        if self.kind == IO:
+            return 1
+        return (4 if self.kind == MEM64 else 0) | (8 if self.prefetchable else 0)
+
+    def read(self, offset: int, width: int) -> int:
+        """One load of 1, 2, 4 or 8 bytes at `offset`."""
+        return 0
+
+    def write(self, offset: int, width: int, value: int) -> None:
+        """One store of 1, 2, 4 or 8 bytes at `offset`."""
+
+
+class RegisterWindow:
+    """A BAR as other bus masters see it: a DMA to it becomes naturally aligned accesses of up to 8 bytes."""
+
+    def __init__(self, function: PciFunction, bar: Bar) -> None:
+        self._function = function
+        self._bar = bar
+
+    def view(self, _offset: int, _length: int) -> memoryview | None:
+        return None
+
+    def read(self, offset: int, length: int) -> bytes:
+        self._check(offset)
+        return b"".join(self._bar.read(at, width).to_bytes(width, "little") for at, width in _accesses(offset, length))
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        self._check(offset)
+        for at, width in _accesses(offset, len(data)):
+            start = at - offset
+            self._bar.write(at, width, int.from_bytes(data[start : start + width], "little"))
+
+    def _check(self, offset: int) -> None:
+        if not self._function.memory_enabled:
+            raise BusAbort(offset)
+
+
+def _accesses(offset: int, length: int) -> Iterable[tuple[int, int]]:
+    end = offset + length
+    while offset < end:
+        width = 8
+        while offset % width or offset + width > end:
+            width //= 2
+        yield offset, width
+        offset += width
+
+
+class MsiCapability:
+    """The MSI capability of a function: where its interrupts go. It reads the configuration space each time."""
+
+    def __init__(self, function: PciFunction, offset: int, vectors_lg2: int) -> None:
+        self._function = function
+        self.offset = offset
+        self.vectors = 1 << vectors_lg2
+        flags = PCI_MSI_FLAGS_64BIT | vectors_lg2 << 1
+        writable = PCI_MSI_FLAGS_ENABLE | (PCI_MSI_FLAGS_QSIZE if vectors_lg2 else 0)
+        function.add_capability(
+            PCI_CAP_ID_MSI,
+            offset,
+            flags.to_bytes(2, "little") + bytes(10),
+            writable.to_bytes(2, "little") + b"\xfc\xff\xff\xff" + b"\xff\xff\xff\xff" + b"\xff\xff",
+        )
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self._function.config[self.offset + PCI_MSI_FLAGS] & PCI_MSI_FLAGS_ENABLE)
+
+    @property
+    def enabled_vectors(self) -> int:
+        return 1 << (self._function.config[self.offset + PCI_MSI_FLAGS] >> 4 & 7)
+
+    @property
+    def address(self) -> int:
+        return int.from_bytes(self._function.config[self.offset + 4 : self.offset + 12], "little")
+
+    @property
+    def data(self) -> int:
+        return int.from_bytes(self._function.config[self.offset + 12 : self.offset + 14], "little")
+
+    def notify(self, vector: int = 0) -> None:
+        """Send the interrupt, if MSI is on and the function may master the bus."""
+        if self.enabled:
+            data = self.data & ~(self.enabled_vectors - 1) | vector
+            try:
+                self._function.dma.write(self.address, data.to_bytes(4, "little"))
+            except DmaAbort:
+                pass  # a posted write: the function never hears of it
+
+
+class PciFunction:
+    """A type-0 function.
+
+    `bars` lists up to six entries (None where there is no BAR; the slot after a MEM64 stays None). `addresses` are what
+    the firmware assigned. `config` is the space itself: read it freely, change it through `config_write`.
+    """
+
+    #: Names of the resets that the function has ("flr", "af_flr", "pm"); sysfs' `reset_method`.
+    reset_methods: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        address: str,
+        ids: tuple[int, int],
+        class_code: int,
+        *,
+        revision: int = 0,
+        subsystem: tuple[int, int] = (0, 0),
+        bars: Iterable[Bar | None] = (),
+        addresses: Iterable[int] = (),
+        header_type: int = 0,
+        interrupt_pin: int = 0,
+        interrupt_line: int = 0,
+        command: int = 0,
+        config_size: int = 256,
+    ) -> None:
+        self.address = address
+        self.rid = rid_of(address)
+        self.bars = [*bars]
+        self.bars += [None] * (6 - len(self.bars))
+        self.config_size = config_size
+        self.config = bytearray(config_size)
+        self.msi: MsiCapability | None = None
+        self.dma: DmaPort
+        self.root: RootComplex | None = None
+        #: What the function asserts, and what leaves it (INTx Disable stands between).
+        self.intx_level = False
+        self.memory_enabled = False
+        self._writable = bytearray(_HEADER_SIZE) + b"\xff" * (config_size - _HEADER_SIZE)
+        self._cleared = bytearray(config_size)
+        self._last_capability = PCI_CAPABILITY_LIST
+        self._windows: dict[int, int] = {}
+
+        def put(offset: int, width: int, value: int, writable: int = 0, cleared: int = 0) -> None:
+            self.config[offset : offset + width] = value.to_bytes(width, "little")
+            self._writable[offset : offset + width] = writable.to_bytes(width, "little")
+            self._cleared[offset : offset + width] = cleared.to_bytes(width, "little")
+
+        put(PCI_VENDOR_ID, 2, ids[0])
+        put(PCI_DEVICE_ID, 2, ids[1])
+        put(PCI_COMMAND, 2, command, _COMMAND_WRITABLE)
+        put(PCI_STATUS, 2, 0, 0, _STATUS_CLEARED_BY_ONES)
+        put(PCI_REVISION_ID, 4, class_code << 8 | revision)
+        put(PCI_CACHE_LINE_SIZE, 1, 0, 0xFF)
+        put(PCI_HEADER_TYPE, 1, header_type)
+        put(PCI_SUBSYSTEM_VENDOR_ID, 4, subsystem[1] << 16 | subsystem[0])
+        put(PCI_INTERRUPT_LINE, 1, interrupt_line, 0xFF)
+        put(PCI_INTERRUPT_PIN, 1, interrupt_pin)
+        assigned = [*addresses, 0, 0, 0, 0, 0, 0]
+        for index, bar in enumerate(self.bars):
+            if bar is not None:
+                width = 8 if bar.kind == MEM64 else 4
+                writable = -bar.size & (1 << 8 * width) - 1
+                put(PCI_BASE_ADDRESS_0 + 4 * index, width, assigned[index] | bar.type_bits, writable)
+        self._reset_state = bytes(self.config)
+
+    # -- capabilities ------------------------------------------------------------------------------------------------
+
+    def add_capability(self, cap_id: int, offset: int, body: bytes, writable: bytes) -> None:
+        """Put a capability at `offset`: `body` follows its two-byte header, `writable` masks the bytes of `body`."""
+        if len(body) != len(writable):
+            raise ValueError("a capability's mask has another length than its body")
+        end = offset + 2 + len(body)
+        self.config[offset:end] = bytes([cap_id, 0]) + body
+        self._writable[offset:end] = b"\0\0" + writable
+        link = self._last_capability if self._last_capability == PCI_CAPABILITY_LIST else self._last_capability + 1
+        self.config[link] = offset
+        self._last_capability = offset
+        self.config[PCI_STATUS] |= PCI_STATUS_CAP_LIST
+        self._reset_state = bytes(self.config)
+
+    def add_msi(self, offset: int, vectors_lg2: int = 0) -> None:
+        """Give the function the MSI capability with 1 << vectors_lg2 vectors, 64-bit, without masking."""
+        self.msi = MsiCapability(self, offset, vectors_lg2)
+
+    # -- configuration accesses --------------------------------------------------------------------------------------
+
+    def config_read(self, offset: int, width: int) -> int:
+        """A configuration load of 1, 2 or 4 bytes; all ones beyond the end of the space."""
+        if offset + width > self.config_size:
+            return (1 << 8 * width) - 1
+        return int.from_bytes(self.config[offset : offset + width], "little")
+
+    def config_write(self, offset: int, width: int, value: int) -> None:
+        """A configuration store of 1, 2 or 4 bytes: read-only bits keep, status bits clear by ones."""
+        if offset + width > self.config_size:
+            return
+        end = offset + width
+        config = self.config
+        for at in range(offset, end):
+            byte = value & 0xFF
+            value >>= 8
+            writable = self._writable[at]
+            config[at] = (config[at] & ~writable | byte & writable) & ~(byte & self._cleared[at])
+        if offset < PCI_COMMAND + 2 and end > PCI_COMMAND:
+            self._command_changed()
+        if offset < PCI_BASE_ADDRESS_0 + 24 and end > PCI_BASE_ADDRESS_0:
+            self._place_bars()
+
+    def _command_changed(self) -> None:
+        command = self.config_read(PCI_COMMAND, 2)
+        self.memory_enabled = bool(command & PCI_COMMAND_MEMORY)
+        self.dma.set_enabled(bool(command & PCI_COMMAND_MASTER))
+        self._place_bars()
+        if self.root is not None:
+            self.root.intx(self)
+
+    @property
+    def intx_asserted(self) -> bool:
+        """What the interrupt controller sees."""
+        return self.intx_level and not self.config_read(PCI_COMMAND, 2) & PCI_COMMAND_INTX_DISABLE
+
+    def set_intx(self, level: bool) -> None:
+        """Drive the function's interrupt pin."""
+        self.intx_level = level
+        status = self.config[PCI_STATUS] & ~PCI_STATUS_INTERRUPT
+        self.config[PCI_STATUS] = status | (PCI_STATUS_INTERRUPT if level else 0)
+        if self.root is not None:
+            self.root.intx(self)
+
+    # -- BARs --------------------------------------------------------------------------------------------------------
+
+    def bar_address(self, index: int) -> int:
+        """The bus address in BAR `index`."""
+        bar = self.bars[index]
+        if bar is None:
+            return 0
+        width = 8 if bar.kind == MEM64 else 4
+        value = int.from_bytes(self.config[PCI_BASE_ADDRESS_0 + 4 * index :][:width], "little")
+        return value & -bar.size
+
+    def _place_bars(self) -> None:
+        if self.root is None:
+            return
+        for index, bar in enumerate(self.bars):
+            if bar is None or not bar.is_memory:
+                continue
+            wanted = self.bar_address(index) if self.memory_enabled else 0
+            now = self._windows.get(index, 0)
+            if wanted != now:
+                if now:
+                    self.root.unmap(now)
+                    del self._windows[index]
+                if wanted and self.root.map(wanted, bar.size, RegisterWindow(self, bar)):
+                    self._windows[index] = wanted
+
+    # -- reset -------------------------------------------------------------------------------------------------------
+
+    def attach(self, root: RootComplex, dma: DmaPort) -> None:
+        """Plug the function into a root complex."""
+        self.root = root
+        self.dma = dma
+        self._command_changed()
+
+    def reset(self) -> None:
+        """Back to power-on: configuration (the firmware's BAR addresses stay), interrupts, the device itself.
+
+        What the hardware can do when told to; whether software has a way to tell it is `reset_methods`.
+        """
+        line = self.config[PCI_INTERRUPT_LINE]
+        self.config[:] = self._reset_state
+        self.config[PCI_INTERRUPT_LINE] = line
+        self.config[PCI_COMMAND : PCI_COMMAND + 2] = b"\0\0"
+        self.set_intx(False)
+        self.reset_device()
+        self._command_changed()
+
+    def reset_device(self) -> None:
+        """Reset what lies behind the BARs. For subclasses."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.address}>"
+
+
+class RootComplex:
+    """Where functions meet memory, their IOMMU and the interrupt controller."""
+
+    def __init__(self, memory: PhysicalMemory) -> None:
+        self.memory = memory
+        self.functions: dict[int, PciFunction] = {}
+        #: Given by the kernel: gets (address, data) of every MSI.
+        self.interrupt_sink: Callable[[int, int], None] | None = None
+        #: Given by the kernel: gets a function whose `intx_asserted` may have changed.
+        self.intx_sink: Callable[[PciFunction], None] | None = None
+
+    def add(self, function: PciFunction, iommu: IommuHardware | None) -> PciFunction:
+        """Plug `function` in, behind `iommu` or behind none. ValueError if its slot is taken."""
+        if function.rid in self.functions:
+            raise ValueError(f"two functions at {function.address}")
+        self.functions[function.rid] = function
+        function.attach(self, DmaPort(function.rid, self.memory, iommu, self.interrupt))
+        return function
+
+    def interrupt(self, address: int, data: int) -> None:
+        """A message signalled interrupt arrived."""
+        if self.interrupt_sink is not None:
+            self.interrupt_sink(address, data)
+
+    def intx(self, function: PciFunction) -> None:
+        if self.intx_sink is not None:
+            self.intx_sink(function)
+
+    def map(self, base: int, size: int, window: RegisterWindow) -> bool:
+        """Route [base, base + size) to a BAR; False where something else answers already, as on a real bus."""
+        try:
+            self.memory.add_window(base, size, window)
+        except ValueError:
+            return False
+        return True
+
+    def unmap(self, base: int) -> None:
+        self.memory.remove_window(base)
