@@ -1,0 +1,786 @@
+"""What a bound device adds to iommufd: GET_HW_INFO, HWPT_ALLOC, attachments, who holds whom, reserved regions, pins.
+
+Sources: drivers/iommu/iommufd/device.c, hw_pagetable.c, io_pagetable.c. Where the answer depends on the IOMMU
+(capabilities, aperture, reserved window), the tests speak of VT-d.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+
+import pytest
+
+from conformance.arena import arena
+from conformance.drivers.vfio import VfioDevice
+from conformance.steps import (
+    NOWHERE,
+    PAGE,
+    READ,
+    U32_MAX,
+    U64_MAX,
+    allow_iovas,
+    answer,
+    copy,
+    destroy,
+    fails,
+    ioas_alloc,
+    iova_alignment,
+    iova_ranges,
+    map_file,
+    map_user,
+    memfd,
+    option_get,
+    option_set,
+    unmap,
+    unmap_all,
+)
+from uapi.backend import DEV_IOMMU, Backend, File
+from uapi.iommufd import (
+    IOMMU_FAULT_QUEUE_ALLOC,
+    IOMMU_GET_HW_INFO,
+    IOMMU_HW_CAP_DIRTY_TRACKING,
+    IOMMU_HW_INFO_FLAG_INPUT_TYPE,
+    IOMMU_HW_INFO_TYPE_ARM_SMMUV3,
+    IOMMU_HW_INFO_TYPE_INTEL_VTD,
+    IOMMU_HWPT_ALLOC,
+    IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
+    IOMMU_HWPT_ALLOC_NEST_PARENT,
+    IOMMU_HWPT_ALLOC_PASID,
+    IOMMU_HWPT_DATA_VTD_S1,
+    IOMMU_HWPT_FAULT_ID_VALID,
+    IOMMU_HWPT_GET_DIRTY_BITMAP,
+    IOMMU_HWPT_INVALIDATE,
+    IOMMU_HWPT_SET_DIRTY_TRACKING,
+    IOMMU_OPTION_HUGE_PAGES,
+    IOMMU_OPTION_RLIMIT_MODE,
+    iommu_hw_info_vtd,
+    iommu_hwpt_invalidate,
+)
+from uapi.vfio import (
+    VFIO_DEVICE_ATTACH_IOMMUFD_PT,
+    VFIO_DEVICE_ATTACH_PASID,
+    VFIO_DEVICE_BIND_IOMMUFD,
+    VFIO_DEVICE_DETACH_IOMMUFD_PT,
+    VFIO_DEVICE_DETACH_PASID,
+)
+
+pytestmark = pytest.mark.needs("iommu", "root", "vfio_cdev")
+
+#: VT-d keeps the interrupt window out of every IOAS that a device is attached to.
+MSI_FIRST, MSI_LAST = 0xFEE00000, 0xFEEFFFFF
+#: Last IOVA of a second-stage table of four levels.
+TOP = (1 << 48) - 1
+VTD_LENGTH = ctypes.sizeof(iommu_hw_info_vtd)
+
+
+def hwpt_alloc(iommu: File, device: VfioDevice, pt_id: int, flags: int = 0) -> int:
+    return IOMMU_HWPT_ALLOC(iommu, dev_id=device.devid, pt_id=pt_id, flags=flags).out_hwpt_id
+
+
+# ---------------------------------------------------------------------------------------------------------- GET_HW_INFO
+
+
+def test_hw_info_says_vtd_and_its_length(device: VfioDevice, iommu: File) -> None:
+    info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid)
+    assert (info.out_data_type, info.data_len) == (IOMMU_HW_INFO_TYPE_INTEL_VTD, VTD_LENGTH)
+
+
+def test_hw_info_registers_are_those_of_the_unit(device: VfioDevice, iommu: File) -> None:
+    vtd = iommu_hw_info_vtd()
+    IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=VTD_LENGTH, data_uptr=ctypes.addressof(vtd))
+    assert bytes(vtd)[4:8] == bytes(4)
+    assert vtd.cap_reg != 0
+    assert vtd.cap_reg >> 16 & 0x3F == 47  # MGAW: 48-bit guest addresses
+    assert vtd.ecap_reg & 0x2  # queued invalidation
+
+
+def test_hw_info_fills_what_fits(device: VfioDevice, iommu: File) -> None:
+    data = (ctypes.c_uint8 * 64)(*[0xA5] * 64)
+    info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=12, data_uptr=ctypes.addressof(data))
+    assert info.data_len == VTD_LENGTH
+    assert bytes(data[12:]) == b"\xa5" * 52
+
+
+def test_hw_info_zeroes_the_room_behind_it(device: VfioDevice, iommu: File) -> None:
+    data = (ctypes.c_uint8 * 64)(*[0xA5] * 64)
+    info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=60, data_uptr=ctypes.addressof(data))
+    assert info.data_len == VTD_LENGTH
+    assert bytes(data[VTD_LENGTH:]) == bytes(60 - VTD_LENGTH) + b"\xa5" * 4
+
+
+def test_hw_info_with_no_room_does_not_look_at_the_pointer(device: VfioDevice, iommu: File) -> None:
+    assert IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_uptr=NOWHERE).data_len == VTD_LENGTH
+
+
+def test_hw_info_to_bad_memory_is_efault(device: VfioDevice, iommu: File) -> None:
+    with fails(errno.EFAULT):
+        IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=VTD_LENGTH, data_uptr=NOWHERE)
+
+
+def test_hw_info_whose_padding_cannot_be_written_is_efault(device: VfioDevice, iommu: File) -> None:
+    with arena(2) as memory:
+        memory.unmap(1)
+        at = memory.page(1) - VTD_LENGTH
+        IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=VTD_LENGTH, data_uptr=at)
+        with fails(errno.EFAULT):
+            IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=VTD_LENGTH + 1, data_uptr=at)
+
+
+def test_hw_info_of_another_object_is_enoent(device: VfioDevice, iommu: File, ioas: int) -> None:
+    with fails(errno.ENOENT):
+        IOMMU_GET_HW_INFO(iommu, dev_id=ioas)
+
+
+@pytest.mark.since("6.17")
+def test_hw_info_ignores_the_type_without_the_flag(device: VfioDevice, iommu: File) -> None:
+    info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, in_data_type=IOMMU_HW_INFO_TYPE_ARM_SMMUV3)
+    assert info.out_data_type == IOMMU_HW_INFO_TYPE_INTEL_VTD
+
+
+@pytest.mark.since("6.17")
+def test_hw_info_of_a_type_that_the_driver_lacks_is_eopnotsupp(device: VfioDevice, iommu: File) -> None:
+    for wanted in (IOMMU_HW_INFO_TYPE_ARM_SMMUV3, 99, U32_MAX):
+        with fails(errno.EOPNOTSUPP):
+            IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, flags=IOMMU_HW_INFO_FLAG_INPUT_TYPE, in_data_type=wanted)
+
+
+@pytest.mark.since("6.17")
+@pytest.mark.parametrize("wanted", [0, IOMMU_HW_INFO_TYPE_INTEL_VTD], ids=["default", "vtd"])
+def test_hw_info_of_a_type_that_the_driver_has(device: VfioDevice, iommu: File, wanted: int) -> None:
+    info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, flags=IOMMU_HW_INFO_FLAG_INPUT_TYPE, in_data_type=wanted)
+    assert info.out_data_type == IOMMU_HW_INFO_TYPE_INTEL_VTD
+
+
+@pytest.mark.since("6.17")
+def test_hw_info_asks_the_driver_before_it_writes(device: VfioDevice, iommu: File) -> None:
+    with fails(errno.EOPNOTSUPP):
+        IOMMU_GET_HW_INFO(
+            iommu,
+            dev_id=device.devid,
+            flags=IOMMU_HW_INFO_FLAG_INPUT_TYPE,
+            in_data_type=99,
+            data_len=4,
+            data_uptr=NOWHERE,
+        )
+
+
+@pytest.mark.since("6.7")
+def test_hw_info_offers_no_dirty_tracking_in_legacy_mode(device: VfioDevice, iommu: File) -> None:
+    assert IOMMU_GET_HW_INFO(iommu, dev_id=device.devid).out_capabilities & IOMMU_HW_CAP_DIRTY_TRACKING == 0
+
+
+@pytest.mark.since("6.15")
+def test_hw_info_has_no_pasids_for_a_device_without_them(device: VfioDevice, iommu: File) -> None:
+    assert IOMMU_GET_HW_INFO(iommu, dev_id=device.devid).out_max_pasid_log2 == 0
+
+
+@pytest.mark.since("7.2")
+def test_hw_info_says_that_ats_cannot_be_used(device: VfioDevice, iommu: File) -> None:
+    info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, out_capabilities=U64_MAX)
+    assert info.out_capabilities == 8
+
+
+# ----------------------------------------------------------------------------------------------------------- HWPT_ALLOC
+
+
+def test_hwpt_alloc_takes_the_lowest_free_id(device: VfioDevice, iommu: File, ioas: int) -> None:
+    assert hwpt_alloc(iommu, device, ioas) == 3
+    assert hwpt_alloc(iommu, device, ioas) == 4
+    destroy(iommu, 3)
+    assert hwpt_alloc(iommu, device, ioas) == 3
+
+
+@pytest.mark.parametrize("pt_id", [0, 99, U32_MAX])
+def test_hwpt_alloc_on_a_missing_page_table_is_einval(device: VfioDevice, iommu: File, pt_id: int) -> None:
+    with fails(errno.EINVAL):
+        hwpt_alloc(iommu, device, pt_id)
+
+
+def test_hwpt_alloc_on_a_device_is_einval(device: VfioDevice, iommu: File) -> None:
+    with fails(errno.EINVAL):
+        hwpt_alloc(iommu, device, device.devid)
+
+
+def test_hwpt_alloc_for_an_object_that_is_no_device_is_enoent(device: VfioDevice, iommu: File, ioas: int) -> None:
+    with fails(errno.ENOENT):
+        IOMMU_HWPT_ALLOC(iommu, dev_id=ioas, pt_id=ioas)
+
+
+@pytest.mark.parametrize("flags", [1 << 4, 1 << 31])
+def test_hwpt_alloc_with_an_unknown_flag_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int, flags: int) -> None:
+    with fails(errno.EOPNOTSUPP):
+        hwpt_alloc(iommu, device, ioas, flags)
+
+
+def test_hwpt_alloc_looks_at_the_page_table_before_the_flags(device: VfioDevice, iommu: File) -> None:
+    with fails(errno.EINVAL):
+        hwpt_alloc(iommu, device, 99, 1 << 31)
+
+
+@pytest.mark.since("6.7")
+def test_hwpt_alloc_of_a_nest_parent_is_eopnotsupp_in_legacy_mode(device: VfioDevice, iommu: File, ioas: int) -> None:
+    with fails(errno.EOPNOTSUPP):
+        hwpt_alloc(iommu, device, ioas, IOMMU_HWPT_ALLOC_NEST_PARENT)
+
+
+@pytest.mark.since("6.7")
+def test_hwpt_alloc_with_dirty_tracking_is_eopnotsupp_in_legacy_mode(
+    device: VfioDevice, iommu: File, ioas: int
+) -> None:
+    with fails(errno.EOPNOTSUPP):
+        hwpt_alloc(iommu, device, ioas, IOMMU_HWPT_ALLOC_DIRTY_TRACKING)
+
+
+@pytest.mark.since("6.13")
+def test_hwpt_alloc_for_pasids_works_without_any(device: VfioDevice, iommu: File, ioas: int) -> None:
+    assert device.attach(hwpt_alloc(iommu, device, ioas, IOMMU_HWPT_ALLOC_PASID)) == 3
+
+
+@pytest.mark.since("6.15")
+def test_attach_of_a_pasid_to_a_device_without_them_succeeds(device: VfioDevice, iommu: File, ioas: int) -> None:
+    """The core does not check the PASID where no device of the group can use one: nothing is written anywhere."""
+    hwpt = hwpt_alloc(iommu, device, ioas, IOMMU_HWPT_ALLOC_PASID)
+    reply = VFIO_DEVICE_ATTACH_IOMMUFD_PT(device.file, flags=VFIO_DEVICE_ATTACH_PASID, pasid=1, pt_id=hwpt)
+    assert reply.pt_id == hwpt
+    with fails(errno.EBUSY):
+        destroy(iommu, hwpt)
+    VFIO_DEVICE_DETACH_IOMMUFD_PT(device.file, flags=VFIO_DEVICE_DETACH_PASID, pasid=1)
+    destroy(iommu, hwpt)
+
+
+@pytest.mark.since("6.7")
+def test_hwpt_alloc_on_an_ioas_with_data_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int) -> None:
+    with fails(errno.EOPNOTSUPP):
+        IOMMU_HWPT_ALLOC(
+            iommu,
+            dev_id=device.devid,
+            pt_id=ioas,
+            data_type=IOMMU_HWPT_DATA_VTD_S1,
+            data_len=16,
+            data_uptr=NOWHERE,
+        )
+
+
+@pytest.mark.since("6.7")
+def test_hwpt_alloc_nested_in_an_automatic_hwpt_is_einval(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt = device.attach(ioas)
+    with fails(errno.EINVAL):
+        IOMMU_HWPT_ALLOC(
+            iommu,
+            dev_id=device.devid,
+            pt_id=hwpt,
+            data_type=IOMMU_HWPT_DATA_VTD_S1,
+            data_len=16,
+            data_uptr=NOWHERE,
+        )
+
+
+@pytest.mark.since("6.7")
+def test_hwpt_alloc_nested_in_a_hwpt_that_is_no_parent_is_einval(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt = hwpt_alloc(iommu, device, ioas)
+    with fails(errno.EINVAL):
+        IOMMU_HWPT_ALLOC(
+            iommu,
+            dev_id=device.devid,
+            pt_id=hwpt,
+            data_type=IOMMU_HWPT_DATA_VTD_S1,
+            data_len=16,
+            data_uptr=NOWHERE,
+        )
+
+
+def test_hwpt_alloc_nested_without_data_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt = hwpt_alloc(iommu, device, ioas)
+    with fails(errno.EOPNOTSUPP):
+        hwpt_alloc(iommu, device, hwpt)
+
+
+@pytest.mark.since("6.11")
+def test_hwpt_alloc_with_a_fault_queue_that_is_missing_is_enoent(device: VfioDevice, iommu: File, ioas: int) -> None:
+    with fails(errno.ENOENT):
+        IOMMU_HWPT_ALLOC(iommu, dev_id=device.devid, pt_id=ioas, flags=IOMMU_HWPT_FAULT_ID_VALID, fault_id=99)
+    assert hwpt_alloc(iommu, device, ioas) == 3  # the failed one left no id and no reference
+    destroy(iommu, 3)
+    destroy(iommu, ioas)
+
+
+@pytest.mark.since("6.11")
+def test_hwpt_alloc_of_a_nest_parent_with_faults_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int) -> None:
+    with fails(errno.EOPNOTSUPP):
+        hwpt_alloc(iommu, device, ioas, IOMMU_HWPT_FAULT_ID_VALID | IOMMU_HWPT_ALLOC_NEST_PARENT)
+
+
+@pytest.mark.since("6.11")
+def test_hwpt_alloc_ignores_the_fault_id_without_the_flag(device: VfioDevice, iommu: File, ioas: int) -> None:
+    IOMMU_HWPT_ALLOC(iommu, dev_id=device.devid, pt_id=ioas, fault_id=99)
+
+
+@pytest.mark.since("6.11")
+@pytest.mark.linux_only("the model has no fault queues yet")
+def test_hwpt_holds_its_fault_queue(kernel: Backend, device: VfioDevice, iommu: File, ioas: int) -> None:
+    queue = IOMMU_FAULT_QUEUE_ALLOC(iommu)
+    kernel.adopt(queue.out_fault_fd).close()
+    hwpt = IOMMU_HWPT_ALLOC(
+        iommu, dev_id=device.devid, pt_id=ioas, flags=IOMMU_HWPT_FAULT_ID_VALID, fault_id=queue.out_fault_id
+    ).out_hwpt_id
+    with fails(errno.EBUSY):
+        destroy(iommu, queue.out_fault_id)
+    destroy(iommu, hwpt)
+    destroy(iommu, queue.out_fault_id)
+
+
+@pytest.mark.since("6.11")
+def test_hwpt_alloc_does_not_look_at_the_second_reserved_field_even_with_a_device(
+    device: VfioDevice, iommu: File, ioas: int
+) -> None:
+    assert IOMMU_HWPT_ALLOC(iommu, dev_id=device.devid, pt_id=ioas, __reserved2=1).out_hwpt_id == 3
+
+
+def test_hwpt_alloc_attaches_nothing(device: VfioDevice, iommu: File, ioas: int) -> None:
+    destroy(iommu, hwpt_alloc(iommu, device, ioas))
+
+
+def test_hwpt_alloc_whose_reply_cannot_be_written_leaves_nothing(device: VfioDevice, iommu: File, ioas: int) -> None:
+    with arena(1) as memory:
+        memory.write(memory.address, IOMMU_HWPT_ALLOC.make(dev_id=device.devid, pt_id=ioas))
+        memory.read_only(0)
+        with fails(errno.EFAULT):
+            IOMMU_HWPT_ALLOC.raw(iommu, memory.address)
+    destroy(iommu, ioas)
+
+
+# --------------------------------------------------------------------------------- what a HWPT without features refuses
+
+
+@pytest.mark.since("6.7")
+def test_set_dirty_tracking_of_a_hwpt_without_it_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt = hwpt_alloc(iommu, device, ioas)
+    for flags in (0, 1):
+        with fails(errno.EOPNOTSUPP):
+            IOMMU_HWPT_SET_DIRTY_TRACKING(iommu, hwpt_id=hwpt, flags=flags)
+
+
+@pytest.mark.since("6.7")
+def test_get_dirty_bitmap_of_a_hwpt_without_tracking_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt = hwpt_alloc(iommu, device, ioas)
+    with fails(errno.EOPNOTSUPP):
+        IOMMU_HWPT_GET_DIRTY_BITMAP(iommu, hwpt_id=hwpt, iova=0, length=PAGE, page_size=PAGE, data=NOWHERE)
+    with fails(errno.EINVAL):  # its own arguments come first
+        IOMMU_HWPT_GET_DIRTY_BITMAP(iommu, hwpt_id=hwpt, iova=0, length=0, page_size=PAGE, data=NOWHERE)
+
+
+@pytest.mark.since("6.8")
+def test_invalidate_of_a_paging_hwpt_is_einval(device: VfioDevice, iommu: File, ioas: int) -> None:
+    cmd = iommu_hwpt_invalidate(
+        size=ctypes.sizeof(iommu_hwpt_invalidate), hwpt_id=hwpt_alloc(iommu, device, ioas), entry_num=0
+    )
+    with fails(errno.EINVAL):
+        IOMMU_HWPT_INVALIDATE.raw(iommu, cmd)
+
+
+# ------------------------------------------------------------------------------------------------------- who holds whom
+
+
+def test_device_object_cannot_be_destroyed(device: VfioDevice, iommu: File, ioas: int) -> None:
+    with fails(errno.EBUSY):
+        destroy(iommu, device.devid)
+    device.attach(ioas)
+    with fails(errno.EBUSY):
+        destroy(iommu, device.devid)
+
+
+def test_ioas_cannot_be_destroyed_while_a_hwpt_uses_it(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt = hwpt_alloc(iommu, device, ioas)
+    with fails(errno.EBUSY):
+        destroy(iommu, ioas)
+    destroy(iommu, hwpt)
+    destroy(iommu, ioas)
+
+
+def test_ioas_cannot_be_destroyed_while_attached(device: VfioDevice, iommu: File, ioas: int) -> None:
+    device.attach(ioas)
+    with fails(errno.EBUSY):
+        destroy(iommu, ioas)
+    device.detach()
+    destroy(iommu, ioas)
+
+
+def test_automatic_hwpt_cannot_be_destroyed_while_attached(device: VfioDevice, iommu: File, ioas: int) -> None:
+    with fails(errno.EBUSY):
+        destroy(iommu, device.attach(ioas))
+
+
+def test_automatic_hwpt_can_be_attached_by_its_id(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt = device.attach(ioas)
+    assert device.attach(hwpt) == hwpt
+    device.detach()
+    with fails(errno.ENOENT):
+        destroy(iommu, hwpt)
+
+
+def test_attach_never_picks_a_hwpt_of_the_users_own(device: VfioDevice, iommu: File, ioas: int) -> None:
+    own = hwpt_alloc(iommu, device, ioas)
+    assert device.attach(ioas) != own
+
+
+def test_replace_of_an_automatic_hwpt_by_ones_own_frees_it(device: VfioDevice, iommu: File, ioas: int) -> None:
+    automatic = device.attach(ioas)
+    own = hwpt_alloc(iommu, device, ioas)
+    device.attach(own)
+    with fails(errno.ENOENT):
+        destroy(iommu, automatic)
+    with fails(errno.EBUSY):
+        destroy(iommu, own)
+
+
+def test_closing_the_device_frees_the_automatic_hwpt_and_keeps_ones_own(
+    device: VfioDevice, iommu: File, ioas: int
+) -> None:
+    own = hwpt_alloc(iommu, device, ioas)
+    automatic = device.attach(ioas)
+    device.close()
+    with fails(errno.ENOENT):
+        destroy(iommu, automatic)
+    with fails(errno.ENOENT):
+        destroy(iommu, device.devid)
+    destroy(iommu, own)
+    destroy(iommu, ioas)
+
+
+def test_hwpt_outlives_the_device_it_was_made_for(device: VfioDevice, iommu: File, ioas: int) -> None:
+    own = hwpt_alloc(iommu, device, ioas)
+    map_user_page(iommu, ioas)
+    device.close()
+    with fails(errno.EBUSY):
+        destroy(iommu, ioas)
+    destroy(iommu, own)
+    assert unmap_all(iommu, ioas) == PAGE
+
+
+_PAGE = ctypes.create_string_buffer(2 * PAGE)
+
+
+def map_user_page(iommu: File, ioas: int, iova: int = 0x10000, prot: int | None = None) -> int:
+    """Map a page of this process's memory at `iova`."""
+    va = (ctypes.addressof(_PAGE) + PAGE - 1) & ~(PAGE - 1)
+    return map_user(iommu, ioas, va, PAGE, iova) if prot is None else map_user(iommu, ioas, va, PAGE, iova, prot)
+
+
+def test_closing_iommufd_does_nothing_while_a_device_is_bound(kernel: Backend, device: VfioDevice, iommu: File) -> None:
+    iommu.close()
+    device.info()
+    with fails(errno.ENOENT):  # the context lives: ids are looked up
+        device.attach(99)
+    with kernel.open(device.node) as second, kernel.open(DEV_IOMMU) as other:
+        with fails(errno.EINVAL):
+            VFIO_DEVICE_BIND_IOMMUFD(second, iommufd=other.fileno())
+        device.close()
+        VFIO_DEVICE_BIND_IOMMUFD(second, iommufd=other.fileno())
+
+
+def test_attach_after_iommufd_is_closed(device: VfioDevice, iommu: File, ioas: int) -> None:
+    iommu.close()
+    assert device.attach(ioas) == 3
+    device.detach()
+
+
+def test_rlimit_mode_cannot_be_set_while_a_device_is_bound(device: VfioDevice, iommu: File) -> None:
+    with fails(errno.EBUSY):
+        option_set(iommu, IOMMU_OPTION_RLIMIT_MODE, 1)
+
+
+# -------------------------------------------------------------------------------------------- ranges and reserved IOVAs
+
+
+def test_hwpt_narrows_the_ranges_to_its_aperture(device: VfioDevice, iommu: File, ioas: int) -> None:
+    assert iova_ranges(iommu, ioas) == [(0, U64_MAX)]
+    hwpt = hwpt_alloc(iommu, device, ioas)
+    assert iova_ranges(iommu, ioas) == [(0, TOP)]
+    destroy(iommu, hwpt)
+    assert iova_ranges(iommu, ioas) == [(0, U64_MAX)]
+
+
+def test_attach_reserves_the_interrupt_window(device: VfioDevice, iommu: File, ioas: int) -> None:
+    device.attach(ioas)
+    assert iova_ranges(iommu, ioas) == [(0, MSI_FIRST - 1), (MSI_LAST + 1, TOP)]
+    device.detach()
+    assert iova_ranges(iommu, ioas) == [(0, U64_MAX)]
+
+
+def test_replace_moves_the_reservation(device: VfioDevice, iommu: File, ioas: int) -> None:
+    other = ioas_alloc(iommu)
+    device.attach(ioas)
+    device.attach(other)
+    assert iova_ranges(iommu, ioas) == [(0, U64_MAX)]
+    assert iova_ranges(iommu, other) == [(0, MSI_FIRST - 1), (MSI_LAST + 1, TOP)]
+
+
+def test_replace_within_one_ioas_keeps_the_reservation(device: VfioDevice, iommu: File, ioas: int) -> None:
+    device.attach(ioas)
+    device.attach(hwpt_alloc(iommu, device, ioas))
+    assert iova_ranges(iommu, ioas) == [(0, MSI_FIRST - 1), (MSI_LAST + 1, TOP)]
+    device.detach()
+    assert iova_ranges(iommu, ioas) == [(0, TOP)]
+
+
+def test_attach_raises_the_alignment_to_a_page(device: VfioDevice, iommu: File, ioas: int) -> None:
+    assert iova_alignment(iommu, ioas) == 1
+    device.attach(ioas)
+    assert iova_alignment(iommu, ioas) == PAGE
+    device.detach()
+    assert iova_alignment(iommu, ioas) == 1
+
+
+@pytest.mark.parametrize("iova", [MSI_FIRST - PAGE, MSI_FIRST, MSI_LAST + 1 - PAGE], ids=["across", "first", "last"])
+def test_map_into_the_interrupt_window_is_einval(device: VfioDevice, iommu: File, ioas: int, iova: int) -> None:
+    device.attach(ioas)
+    with fails(errno.EINVAL):
+        map_user(iommu, ioas, NOWHERE, 2 * PAGE, iova)
+
+
+def test_map_beyond_the_aperture_is_einval(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt_alloc(iommu, device, ioas)
+    with fails(errno.EINVAL):
+        map_user_page(iommu, ioas, TOP + 1)
+    map_user_page(iommu, ioas, TOP + 1 - PAGE)
+
+
+@pytest.mark.parametrize(("iova", "length"), [(1, PAGE), (0x1800, PAGE), (PAGE, 100), (PAGE, PAGE + 1)])
+def test_misaligned_map_is_einval_once_attached(
+    device: VfioDevice, iommu: File, ioas: int, iova: int, length: int
+) -> None:
+    device.attach(ioas)
+    with fails(errno.EINVAL):
+        map_user(iommu, ioas, NOWHERE, length, iova)
+
+
+def test_map_of_a_misaligned_address_is_einval_once_attached(device: VfioDevice, iommu: File, ioas: int) -> None:
+    device.attach(ioas)
+    with fails(errno.EINVAL):
+        map_user(iommu, ioas, NOWHERE + 1, PAGE, PAGE)
+
+
+def test_attach_over_an_area_in_the_interrupt_window_is_eaddrinuse(device: VfioDevice, iommu: File, ioas: int) -> None:
+    map_user_page(iommu, ioas, MSI_FIRST + PAGE)
+    with fails(errno.EADDRINUSE):
+        device.attach(ioas)
+    unmap_all(iommu, ioas)
+    device.attach(ioas)
+
+
+def test_attach_over_an_allowed_range_in_the_interrupt_window_is_eaddrinuse(
+    device: VfioDevice, iommu: File, ioas: int
+) -> None:
+    allow_iovas(iommu, ioas, [(MSI_FIRST - PAGE, MSI_FIRST)])
+    with fails(errno.EADDRINUSE):
+        device.attach(ioas)
+    allow_iovas(iommu, ioas, [])
+    device.attach(ioas)
+
+
+def test_allowing_a_reserved_range_is_eaddrinuse(device: VfioDevice, iommu: File, ioas: int) -> None:
+    device.attach(ioas)
+    for span in ((MSI_LAST, MSI_LAST + 10), (TOP, TOP + 1), (TOP + 1, TOP + 2)):
+        with fails(errno.EADDRINUSE):
+            allow_iovas(iommu, ioas, [span])
+    allow_iovas(iommu, ioas, [(MSI_LAST + 1, TOP)])
+
+
+def test_replace_over_an_area_in_the_interrupt_window_is_eaddrinuse_and_keeps_the_old(
+    device: VfioDevice, iommu: File, ioas: int
+) -> None:
+    other = ioas_alloc(iommu)
+    map_user_page(iommu, other, MSI_FIRST)
+    hwpt = device.attach(ioas)
+    with fails(errno.EADDRINUSE):
+        device.attach(other)
+    with fails(errno.EBUSY):
+        destroy(iommu, hwpt)
+    assert iova_ranges(iommu, ioas) == [(0, MSI_FIRST - 1), (MSI_LAST + 1, TOP)]
+    assert iova_ranges(iommu, other) == [(0, U64_MAX)]
+
+
+def test_hwpt_alloc_does_not_mind_an_area_in_the_interrupt_window(device: VfioDevice, iommu: File, ioas: int) -> None:
+    map_user_page(iommu, ioas, MSI_FIRST)
+    hwpt = hwpt_alloc(iommu, device, ioas)
+    with fails(errno.EADDRINUSE):
+        device.attach(hwpt)
+
+
+def test_hwpt_alloc_over_an_area_beyond_the_aperture_is_eaddrinuse(device: VfioDevice, iommu: File, ioas: int) -> None:
+    map_user_page(iommu, ioas, TOP + 1)
+    with fails(errno.EADDRINUSE):
+        hwpt_alloc(iommu, device, ioas)
+
+
+def test_hwpt_alloc_over_an_allowed_range_beyond_the_aperture_is_eaddrinuse(
+    device: VfioDevice, iommu: File, ioas: int
+) -> None:
+    allow_iovas(iommu, ioas, [(0, TOP + 1)])
+    with fails(errno.EADDRINUSE):
+        hwpt_alloc(iommu, device, ioas)
+    allow_iovas(iommu, ioas, [(0, TOP)])
+    hwpt_alloc(iommu, device, ioas)
+
+
+@pytest.mark.parametrize(("va", "iova", "length"), [(0, 1, PAGE), (1, PAGE, PAGE), (0, PAGE, PAGE - 1)])
+def test_hwpt_alloc_over_a_misaligned_area_is_eaddrinuse(
+    device: VfioDevice, iommu: File, ioas: int, va: int, iova: int, length: int
+) -> None:
+    map_user(iommu, ioas, NOWHERE + va, length, iova)
+    with fails(errno.EADDRINUSE):
+        hwpt_alloc(iommu, device, ioas)
+
+
+# ----------------------------------------------------------------------------------------------------------------- pins
+
+
+def test_attach_with_an_area_that_cannot_be_pinned_is_efault(device: VfioDevice, iommu: File, ioas: int) -> None:
+    map_user(iommu, ioas, NOWHERE, PAGE, PAGE)
+    with fails(errno.EFAULT):
+        device.attach(ioas)
+    unmap_all(iommu, ioas)
+    assert device.attach(ioas) == 3  # the failed attempt left no id
+
+
+def test_hwpt_alloc_with_an_area_that_cannot_be_pinned_is_efault(device: VfioDevice, iommu: File, ioas: int) -> None:
+    map_user(iommu, ioas, NOWHERE, PAGE, PAGE)
+    with fails(errno.EFAULT):
+        hwpt_alloc(iommu, device, ioas)
+    assert iova_ranges(iommu, ioas) == [(0, U64_MAX)]
+    unmap_all(iommu, ioas)
+
+
+def test_map_of_memory_that_is_not_there_is_efault_once_a_hwpt_exists(
+    device: VfioDevice, iommu: File, ioas: int
+) -> None:
+    hwpt_alloc(iommu, device, ioas)
+    with fails(errno.EFAULT):
+        map_user(iommu, ioas, NOWHERE, PAGE, PAGE)
+    with fails(errno.ENOENT):
+        unmap(iommu, ioas, PAGE, PAGE)
+
+
+def test_map_that_fails_half_way_leaves_nothing(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt_alloc(iommu, device, ioas)
+    with arena(4) as memory:
+        memory.unmap(3)
+        with fails(errno.EFAULT):
+            map_user(iommu, ioas, memory.address, 4 * PAGE, PAGE)
+        assert unmap_all(iommu, ioas) == 0
+        map_user(iommu, ioas, memory.address, 3 * PAGE, PAGE)
+        assert unmap_all(iommu, ioas) == 3 * PAGE
+
+
+def test_writable_map_of_read_only_memory_is_efault(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt_alloc(iommu, device, ioas)
+    with arena(1) as memory:
+        memory.read_only(0)
+        with fails(errno.EFAULT):
+            map_user(iommu, ioas, memory.address, PAGE, PAGE)
+        map_user(iommu, ioas, memory.address, PAGE, PAGE, prot=READ)
+        unmap_all(iommu, ioas)
+
+
+def test_map_of_memory_without_access_is_efault(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt_alloc(iommu, device, ioas)
+    with arena(1) as memory:
+        memory.no_access(0)
+        with fails(errno.EFAULT):
+            map_user(iommu, ioas, memory.address, PAGE, PAGE, prot=READ)
+
+
+def test_map_of_a_bar_is_efault(device: VfioDevice, iommu: File, ioas: int) -> None:
+    device.attach(ioas)
+    bar = device.map_bar(0)
+    with fails(errno.EFAULT):
+        map_user(iommu, ioas, bar.address, PAGE, PAGE)
+
+
+@pytest.mark.since("6.13")
+@pytest.mark.needs("memfd")
+def test_map_file_beyond_the_file_is_einval_once_a_hwpt_exists(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt_alloc(iommu, device, ioas)
+    with memfd(2 * PAGE) as fd:
+        map_file(iommu, ioas, fd, PAGE, PAGE, PAGE)
+        with fails(errno.EINVAL):
+            map_file(iommu, ioas, fd, PAGE, 2 * PAGE, 4 * PAGE)
+        with fails(errno.EINVAL):
+            map_file(iommu, ioas, fd, 2 * PAGE, PAGE, 4 * PAGE)
+    unmap_all(iommu, ioas)
+
+
+@pytest.mark.since("6.13")
+def test_map_file_of_another_kind_of_file_is_einval_once_a_hwpt_exists(
+    device: VfioDevice, iommu: File, ioas: int
+) -> None:
+    hwpt_alloc(iommu, device, ioas)
+    with open("/etc/passwd", "rb") as plain, fails(errno.EINVAL):
+        map_file(iommu, ioas, plain.fileno(), 0, PAGE, PAGE)
+
+
+def test_pins_are_counted_once_per_map_and_returned_by_unmap(
+    kernel: Backend, device: VfioDevice, iommu: File, ioas: int
+) -> None:
+    before = kernel.status("VmPin")
+    buffer = kernel.buffer(4 * PAGE)
+    map_user(iommu, ioas, buffer.address, 4 * PAGE, PAGE)
+    assert kernel.status("VmPin") == before  # lazily
+    hwpt = hwpt_alloc(iommu, device, ioas)
+    assert kernel.status("VmPin") == before + 16
+    device.attach(ioas)
+    assert kernel.status("VmPin") == before + 16  # two tables, one pin
+    copy(iommu, ioas, ioas, PAGE, 2 * PAGE, dst_iova=64 * PAGE)
+    assert kernel.status("VmPin") == before + 16  # a copy shares its pages
+    map_user(iommu, ioas, buffer.address, PAGE, 128 * PAGE)
+    assert kernel.status("VmPin") == before + 20  # a second map does not
+    unmap(iommu, ioas, PAGE, 4 * PAGE)
+    assert kernel.status("VmPin") == before + 12  # the copy keeps two of the four pages
+    unmap_all(iommu, ioas)
+    assert kernel.status("VmPin") == before
+    device.detach()
+    destroy(iommu, hwpt)
+    buffer.close()
+
+
+def test_pins_are_returned_when_the_last_table_goes(
+    kernel: Backend, device: VfioDevice, iommu: File, ioas: int
+) -> None:
+    before = kernel.status("VmPin")
+    buffer = kernel.buffer(PAGE)
+    map_user(iommu, ioas, buffer.address, PAGE, PAGE)
+    device.attach(ioas)
+    assert kernel.status("VmPin") == before + 4
+    device.detach()
+    assert kernel.status("VmPin") == before
+    buffer.close()
+
+
+def test_huge_pages_cannot_be_turned_off_with_a_table_and_an_area(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt_alloc(iommu, device, ioas)
+    map_user_page(iommu, ioas)
+    with fails(errno.EINVAL):
+        option_set(iommu, IOMMU_OPTION_HUGE_PAGES, 0, ioas)
+    unmap_all(iommu, ioas)
+    option_set(iommu, IOMMU_OPTION_HUGE_PAGES, 0, ioas)
+    assert option_get(iommu, IOMMU_OPTION_HUGE_PAGES, ioas) == 0
+    map_user_page(iommu, ioas)
+
+
+def test_auto_iova_avoids_the_interrupt_window(device: VfioDevice, iommu: File, ioas: int) -> None:
+    device.attach(ioas)
+    allow_iovas(iommu, ioas, [(MSI_FIRST - PAGE, MSI_FIRST - 1), (MSI_LAST + 1, MSI_LAST + PAGE)])
+    va = (ctypes.addressof(_PAGE) + PAGE - 1) & ~(PAGE - 1)
+    assert map_user(iommu, ioas, va, PAGE) == MSI_FIRST - PAGE
+    assert map_user(iommu, ioas, va, PAGE) == MSI_LAST + 1
+    with fails(errno.ENOSPC):
+        map_user(iommu, ioas, va, PAGE)
+
+
+def test_unmap_all_while_attached(device: VfioDevice, iommu: File, ioas: int) -> None:
+    device.attach(ioas)
+    for index in range(1, 5):
+        map_user_page(iommu, ioas, index * 0x100000)
+    assert unmap_all(iommu, ioas) == 4 * PAGE
+    assert answer(unmap, iommu, ioas, 0x100000, PAGE) == errno.ENOENT
