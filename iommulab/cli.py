@@ -1,4 +1,4 @@
-"""The command `iommulab`: one sub-command a module, each with `add_parser(subparsers)` that sets `run`."""
+"""The command `iommulab`: each sub-command is a module with `add_parser(subparsers)`, which sets `run`."""
 
 from __future__ import annotations
 
@@ -6,30 +6,37 @@ import argparse
 import os
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 
 from iommulab.errors import UserError
 
-#: In the order of the help. A module that is not there yet is left out.
-COMMANDS = ("suite", "compare", "kernel_build", "uapi_cli", "bench", "coverage", "doctor")
+#: Each command's module, in the order of the help.
+COMMANDS = {
+    "conformance": "suite",
+    "compare": "compare",
+    "kernel": "kernel_build",
+    "uapi": "uapi_cli",
+    "bench": "bench",
+    "coverage": "coverage",
+    "doctor": "doctor",
+}
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+def parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The command line; with only one command's module loaded where that is known to be the one."""
     top = argparse.ArgumentParser(
         prog="iommulab",
         description="A Linux kernel-ABI compatibility shim and test harness for iommufd and VFIO.",
     )
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        if find_spec(f"iommulab.{name}") is not None:
-            import_module(f"iommulab.{name}").add_parser(commands)
+    for module in [COMMANDS[command]] if command in COMMANDS else COMMANDS.values():
+        import_module(f"iommulab.{module}").add_parser(commands)
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command: 0, 1 where it found something wrong, 2 where it could not do what was asked."""
-    args = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    args = parser(given[0] if given else None).parse_args(given)
     try:
         status: int = args.run(args)
         return status

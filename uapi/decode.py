@@ -102,6 +102,11 @@ def find_ioctl(request: int, argument: type | None = None, path: str = "") -> Io
     return candidates[0] if candidates else None
 
 
+def errno_name(number: int) -> str:
+    """The kernel's name of an errno. Python's table knows 95 as ENOTSUP, its name in another standard."""
+    return "EOPNOTSUPP" if number == errno.EOPNOTSUPP else errno.errorcode.get(number, str(number))
+
+
 def _words(raw: bytes) -> list[int]:
     padded = raw + bytes(-len(raw) % 8)
     words = list(memoryview(padded).cast("Q"))
@@ -179,7 +184,7 @@ def _decode_ioctl(names: _Names, event: Event) -> Call:
                 outputs["tail"] = after[covered:].rstrip(b"\0").hex()
     call: Call = {"call": name, "file": names.files.get(serial, "fd?"), "in": inputs}
     if number:
-        call["errno"] = errno.errorcode.get(number, str(number))
+        call["errno"] = errno_name(number)
         if why:
             call["why"] = why
         if outputs:
@@ -213,7 +218,7 @@ def _decode_event(names: _Names, event: Event) -> Call | None:
     elif kind == "open":
         _, client, path, number, why = event
         call: Call = {"call": "open", "in": {"path": path}}
-        call |= {"errno": errno.errorcode.get(number, str(number))} if number else {"ret": 0}
+        call |= {"errno": errno_name(number)} if number else {"ret": 0}
         return call | ({"why": why} if why else {}) | ({"client": client} if client else {})
     elif kind == "mmio":
         _, access, serial, offset, width, value = event
@@ -225,7 +230,7 @@ def _decode_event(names: _Names, event: Event) -> Call | None:
         call = {"call": name, "file": names.files.get(serial, "fd?")}
         call["in"] = {key: _plain(value) for key, value in inputs.items()}
         if number:
-            call["errno"] = errno.errorcode.get(number, str(number))
+            call["errno"] = errno_name(number)
         else:
             call["ret"] = _plain(result)
         return call | ({"why": why} if why else {})
