@@ -136,7 +136,7 @@ def test_a_missing_compiler_or_pyelftools_says_what_to_install(tree: Path, monke
 
 @pytest.mark.parametrize("arch", ["x86_64", "i386"])
 def test_this_hosts_headers_equal_the_declarations_at_their_release(arch: str) -> None:
-    """Each symbol is as declared for the headers' own release, or as in the later one that its stable tree took over."""
+    """Each symbol is as declared for the headers' own release, or as in the later one that its tree took over."""
     root = Path("/usr/include")
     if not any((root / header).is_file() for header in headers.HEADERS[:2]):
         pytest.skip("this host has neither linux/iommufd.h nor linux/vfio.h: install linux-libc-dev")
