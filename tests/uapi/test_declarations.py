@@ -94,3 +94,32 @@ def test_a_constant_is_a_plain_int() -> None:
         for name in module.CONSTANTS:
             assert type(getattr(module, name)) is int, name
     assert all(type(constant.value) is int for constant in constants.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "min_size"),
+    [
+        ("VFIO_GROUP_GET_STATUS", 8),
+        ("VFIO_DEVICE_GET_INFO", 16),
+        ("VFIO_DEVICE_GET_REGION_INFO", 32),
+        ("VFIO_DEVICE_GET_IRQ_INFO", 16),
+        ("VFIO_DEVICE_SET_IRQS", 20),
+        ("VFIO_DEVICE_GET_PCI_HOT_RESET_INFO", 12),
+        ("VFIO_DEVICE_PCI_HOT_RESET", 12),
+        ("VFIO_DEVICE_IOEVENTFD", 28),
+        ("VFIO_DEVICE_FEATURE", 8),
+        ("VFIO_DEVICE_BIND_IOMMUFD", 16),
+        ("VFIO_DEVICE_ATTACH_IOMMUFD_PT", 12),
+        ("VFIO_DEVICE_DETACH_IOMMUFD_PT", 8),
+        ("VFIO_IOMMU_GET_INFO", 16),
+        ("VFIO_IOMMU_MAP_DMA", 32),
+        ("VFIO_IOMMU_UNMAP_DMA", 24),
+        ("VFIO_IOMMU_DIRTY_PAGES", 8),
+        ("VFIO_MIG_GET_PRECOPY_INFO", 24),
+        ("VFIO_IOMMU_SPAPR_TCE_GET_INFO", 16),
+        ("VFIO_EEH_PE_OP", 12),
+    ],
+)
+def test_vfio_insists_on_the_kernels_minsz(name: str, min_size: int) -> None:
+    """The values of `minsz` in drivers/vfio of 7.3."""
+    assert registry.ioctls()[name].min_size == min_size

@@ -5,6 +5,8 @@ once, and for each release the numbers of its own rows. The text inside depends 
 
 Releases named -rcN are samples taken after that merge window closed. 6.1 was sampled from a stable release, and
 without iommufd.h, which came in 6.2. Not sampled: 7.0, 7.1, and the first release of 6.13 to 6.18.
+
+`python -m uapi.history RELEASE TREE WORDS` adds a sample.
 """
 
 from __future__ import annotations
