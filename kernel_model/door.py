@@ -146,9 +146,8 @@ class ModelFile:
 
     def ioctl(self, request: int, arg: Argument = 0) -> int:
         kernel = self._kernel
-        kernel.enter()
+        description = kernel.enter_by(self._fd)
         try:
-            description = kernel.description(self._fd)
             call = kernel.own_call
             base = address_of(arg)
             if isinstance(arg, int):

@@ -59,6 +59,9 @@ class Area:
         return (self.start_byte + self.last - self.iova) >> PAGE_SHIFT
 
 
+#: What a fresh IOAS has; a tree of its own costs as much as the rest of IOAS_ALLOC.
+_NO_AREAS: SortedDict[int, Area] = SortedDict()
+
 #: A slice of pages on its way to becoming an area: (pages, start byte, length).
 Slice = tuple[Pages, int, int]
 
@@ -67,7 +70,7 @@ class IoPagetable:
     """`struct io_pagetable`."""
 
     def __init__(self) -> None:
-        self.areas: SortedDict[int, Area] = SortedDict()
+        self.areas: SortedDict[int, Area] = _NO_AREAS
         #: (first, last, owner); ranges may overlap.
         self.reserved: list[tuple[int, int, object]] = []
         self.allowed: list[tuple[int, int]] = []
@@ -205,6 +208,8 @@ class IoPagetable:
         if start_byte & PAGE_MASK & (self.iova_alignment - 1):
             raise KernelError(errno.EINVAL, f"the page offset {start_byte & PAGE_MASK:#x} is misaligned")
         area = Area(iova, length, pages, start_byte, prot)
+        if self.areas is _NO_AREAS:
+            self.areas = SortedDict()
         self.areas[iova] = area
         if self._holes is not None:
             self._holes.take(iova, area.last)
