@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 
 from fakedev.machine import Machine
 from fakedev.machine import machine as build_machine
-
 from kernel_model.client_memory import ClientBuffer, ClientMemory, MmBacking
 from kernel_model.door import Descriptor, ModelClient, ModelFile, ModelMapping
 from kernel_model.errors import KernelBug, KernelError
