@@ -141,6 +141,15 @@ def test_equal_tables_have_no_change() -> None:
     assert diff.compatible
 
 
+def test_what_one_direction_adds_the_other_removes() -> None:
+    tables = list(history.tables().values())
+    for old, new in itertools.combinations(tables, 2):
+        forth, back = compare(old, new), compare(new, old)
+        assert {(c.kind, c.name) for c in forth.changes if c.action == "added"} == {
+            (c.kind, c.name) for c in back.changes if c.action == "removed"
+        }, (old.release, new.release)
+
+
 @pytest.mark.parametrize("first", ["size", "argsz"])
 def test_a_struct_with_its_size_first_may_grow_at_its_end(first: str) -> None:
     diff = diff_structs(struct(8, (first, 0, 4), ("a", 4, 4)), struct(12, (first, 0, 4), ("a", 4, 4), ("b", 8, 4)))
