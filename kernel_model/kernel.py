@@ -28,6 +28,7 @@ from kernel_model.client_memory import ClientBuffer, ClientMemory, MmBacking
 from kernel_model.door import Descriptor, ModelClient, ModelFile, ModelMapping
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.file import FileDescription, SystemCall
+from kernel_model.interrupts import Interrupts
 from kernel_model.page_alloc import PageAllocator
 from kernel_model.process import TASK_SIZE, Credentials, HostCredentials, Mm, Process, User
 from kernel_model.shared_files import SharedFiles
@@ -78,6 +79,7 @@ class Kernel:
         self.machine = build_machine(machine) if isinstance(machine, str) else machine
         self.memory = self.machine.memory
         self.pages = PageAllocator(self.memory)
+        self.interrupts = Interrupts(self.machine)
         self.shared_files = SharedFiles(self.memory)
         self.files = FileSystem()
         #: Devices as the driver core knows them, by name ("0000:00:10.0").
@@ -96,6 +98,7 @@ class Kernel:
         self._descriptors: dict[tuple[int, ...], Descriptor] = {}
         self._hangups = select.epoll()
         self._by_fd: dict[int, Descriptor] = {}
+        self._watches: dict[int, Callable[[], None]] = {}
         self.queue: deque[Callable[[], None]] = deque()
         self._dead = ""
         self._entry = Entry(self)
@@ -206,6 +209,16 @@ class Kernel:
         """Run `work` before the current call returns."""
         self.queue.append(work)
 
+    def watch(self, fd: int, call: Callable[[], None]) -> None:
+        """Have `call` called, at the next entry, each time that a descriptor of the model's own becomes readable."""
+        self._watches[fd] = call
+        self._hangups.register(fd, select.EPOLLIN | select.EPOLLET)
+
+    def unwatch(self, fd: int) -> None:
+        """The end of `watch`."""
+        self._hangups.unregister(fd)
+        del self._watches[fd]
+
     def install(self, description: FileDescription, path: str | None = None) -> int:
         """A new descriptor in this process for an open file: O_CLOEXEC. EMFILE."""
         if path is not None:
@@ -276,6 +289,8 @@ class Kernel:
             descriptor = self._by_fd.get(fd)
             if descriptor is not None:
                 self._hang_up(descriptor)
+            elif fd in self._watches:
+                self._watches[fd]()
         for mapping in self.watched_mappings:
             mapping.deliver_raw_stores()
         if self.queue:

@@ -5,8 +5,8 @@ is in exactly one *group* (what the hardware cannot tell apart); a group is in e
 At boot that is the default domain, which kernel drivers would use. A user (iommufd, a VFIO container) first claims
 the ownership of the group, which puts it in the blocking domain, then attaches domains of its own.
 
-Left out: PASID attachment (`attach_device_pasid` and its kin), deferred attach, switching default domains through sysfs,
-recovery around a reset (it concerns ATS-capable devices only), mutexes (a call never runs inside another).
+Left out: PASID attachment (`attach_device_pasid` and its kin), deferred attach, changing a default domain through
+sysfs, recovery around a reset (it concerns ATS-capable devices only), mutexes (no call runs inside another).
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class Domain(ABC):
     def map(self, iova: int, pa: int, length: int, prot: int) -> None:
         """iommu_map(): map [iova, iova + length) to `pa` and flush what the hardware may have cached.
 
-        All three in bytes. EINVAL: not a multiple of the smallest page, or no permission in `prot`; ERANGE: outside the
-        aperture; EADDRINUSE: part of it is mapped; ENOMEM: no page for a table. On an error nothing of it is mapped.
+        All three in bytes. EINVAL: no permission in `prot`; ENXIO: off the smallest page; ERANGE: outside the aperture;
+        EADDRINUSE: part of it is mapped; ENOMEM: no page for a table. On an error nothing of it is mapped.
         """
         raise KernelBug(f"{type(self).__name__} has no page table")
 
@@ -123,6 +123,10 @@ class IommuDriver(ABC):
     #: The static domains of the driver.
     blocked_domain: Domain | None = None
     identity_domain: Domain | None = None
+
+    @abstractmethod
+    def probe_device(self, device: Device, rid: int) -> None:
+        """Take on `device`, whose DMA carries the request id `rid`."""
 
     @abstractmethod
     def capable(self, device: Device, cap: int) -> bool:

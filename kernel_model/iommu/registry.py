@@ -1,0 +1,101 @@
+"""Which driver takes which IOMMU, and the probe of all devices at boot.
+
+A vendor is one line in `_PROBES`. Mirrors `bus_iommu_probe()` of drivers/iommu/iommu.c: devices in the order of the bus
+scan, groups numbered as they are made, every group in its default domain (translated, as the VM boots). Groups follow
+`pci_device_group()` for devices on a root bus: functions of one multifunction device without access control services
+share a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fakedev.pci import PCI_HEADER_TYPE, PCI_MULTIFUNCTION, PciFunction
+from kernel_model.iommu.core import (
+    IOMMU_DOMAIN_DMA,
+    IOMMU_RESV_DIRECT,
+    Device,
+    Group,
+    IommuDriver,
+    get_resv_regions,
+    group_set_domain,
+    paging_domain_alloc,
+)
+from kernel_model.iommu.intel.dmar import IntelUnit
+from kernel_model.iommu.intel.iommu import IntelIommu
+
+if TYPE_CHECKING:
+    from kernel_model.kernel import Kernel
+
+#: A vendor's probe: starts its units; for each request id behind one, the driver of it.
+Probe = Callable[["Kernel"], dict[int, IommuDriver]]
+
+
+def _probe_intel(kernel: Kernel) -> dict[int, IommuDriver]:
+    found: dict[int, IommuDriver] = {}
+    for base, rids in kernel.machine.vtd_units:
+        unit = IntelUnit(kernel.machine, kernel.pages, base)
+        unit.start(kernel.interrupts)
+        driver = IntelIommu(unit)
+        found.update(dict.fromkeys(rids, driver))
+    return found
+
+
+_PROBES: list[Probe] = [_probe_intel]
+
+
+def attach_drivers(kernel: Kernel) -> list[Device]:
+    """Start the IOMMUs of the kernel's machine and make a device of every PCI function, in the order of a bus scan.
+
+    A function behind no IOMMU is a device without group.
+    """
+    drivers: dict[int, IommuDriver] = {}
+    for probe in _PROBES:
+        drivers.update(probe(kernel))
+    devices: list[Device] = []
+    groups: list[Group] = []
+    for function in kernel.machine.functions:
+        driver = drivers.get(function.rid)
+        device = Device(function.address, driver, function)
+        devices.append(device)
+        if driver is None:
+            continue
+        driver.probe_device(device, function.rid)
+        group = _group_of_slot(devices, function)
+        if group is None:
+            group = Group(len(groups))
+            groups.append(group)
+        group.devices.append(device)
+        device.group = group
+        device.require_direct = any(region.type == IOMMU_RESV_DIRECT for region in get_resv_regions(device))
+    for group in groups:
+        _setup_default_domain(group)
+    return devices
+
+
+def _group_of_slot(devices: list[Device], function: PciFunction) -> Group | None:
+    """get_pci_function_alias_group(): the group of another function of the same multifunction device."""
+    if not function.config[PCI_HEADER_TYPE] & PCI_MULTIFUNCTION:
+        return None
+    for device in devices:
+        if device.pci is not None and device.pci.rid >> 3 == function.rid >> 3 and device.group is not None:
+            return device.group
+    return None
+
+
+def _setup_default_domain(group: Group) -> None:
+    domain = paging_domain_alloc(group.devices[0])
+    domain.type = IOMMU_DOMAIN_DMA
+    group.default_domain = domain
+    group_set_domain(group, domain)
+
+
+def groups_of(devices: list[Device]) -> list[Group]:
+    """The groups of `devices` by number."""
+    return sorted({d.group.id: d.group for d in devices if d.group is not None}.values(), key=lambda group: group.id)
+
+
+def iommus_of(devices: list[Device]) -> list[IommuDriver]:
+    """The IOMMUs in front of `devices`, in the order of their first device."""
+    return list(dict.fromkeys(device.iommu for device in devices if device.iommu is not None))
