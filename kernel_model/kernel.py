@@ -28,7 +28,7 @@ from kernel_model.client_memory import ClientBuffer, ClientMemory, MmBacking
 from kernel_model.door import Descriptor, ModelClient, ModelFile, ModelMapping
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.file import FileDescription, SystemCall
-from kernel_model.interrupts import Interrupts
+from kernel_model.irq import Interrupts
 from kernel_model.page_alloc import PageAllocator
 from kernel_model.process import TASK_SIZE, Credentials, HostCredentials, Mm, Process, User
 from kernel_model.shared_files import SharedFiles
@@ -79,7 +79,7 @@ class Kernel:
         self.machine = build_machine(machine) if isinstance(machine, str) else machine
         self.memory = self.machine.memory
         self.pages = PageAllocator(self.memory)
-        self.interrupts = Interrupts(self.machine)
+        self.interrupts = Interrupts(self.machine.root)
         self.shared_files = SharedFiles(self.memory)
         self.files = FileSystem()
         #: Devices as the driver core knows them, by name ("0000:00:10.0").

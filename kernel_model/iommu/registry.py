@@ -28,15 +28,17 @@ from kernel_model.iommu.intel.iommu import IntelIommu
 if TYPE_CHECKING:
     from kernel_model.kernel import Kernel
 
+#: Vectors of the units' fault events: below those that PCI functions get, above the processor's exceptions.
+_FIRST_FAULT_VECTOR = 0x20
 #: A vendor's probe: starts its units; for each request id behind one, the driver of it.
 Probe = Callable[["Kernel"], dict[int, IommuDriver]]
 
 
 def _probe_intel(kernel: Kernel) -> dict[int, IommuDriver]:
     found: dict[int, IommuDriver] = {}
-    for base, rids in kernel.machine.vtd_units:
+    for number, (base, rids) in enumerate(kernel.machine.vtd_units):
         unit = IntelUnit(kernel.machine, kernel.pages, base)
-        unit.start(kernel.interrupts)
+        unit.start(kernel.interrupts, _FIRST_FAULT_VECTOR + number)
         driver = IntelIommu(unit)
         found.update(dict.fromkeys(rids, driver))
     return found

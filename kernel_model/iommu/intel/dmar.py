@@ -14,7 +14,7 @@ from fakedev.machine import Machine
 from fakedev.vtd import descriptors as qi
 from fakedev.vtd import entries, faults, regs
 from kernel_model.errors import KernelBug
-from kernel_model.interrupts import Interrupts
+from kernel_model.irq import MSI_ADDRESS, Interrupts
 from kernel_model.page_alloc import PageAllocator
 
 _QI_LENGTH = 256
@@ -51,8 +51,11 @@ class IntelUnit:
 
     # -- start-up ----------------------------------------------------------------------------------------------------
 
-    def start(self, interrupts: Interrupts) -> None:
-        """init_dmars(): the queue, the root table, global flushes, the fault interrupt, translation on."""
+    def start(self, interrupts: Interrupts, vector: int) -> None:
+        """init_dmars(): the queue, the root table, global flushes, the fault interrupt, translation on.
+
+        `vector` is a free one outside of those that PCI functions get.
+        """
         self._writel(regs.IQT, 0)
         self._writeq(regs.IQA, self._queue)
         self._command(regs.QIE, on=True)
@@ -60,10 +63,10 @@ class IntelUnit:
         self._one_shot(regs.SRTP)
         self.flush_context(0, 0, qi.GLOBAL)
         self.flush_iotlb_global()
-        address, data = interrupts.request(self.handle_fault)
-        self._writel(regs.FEDATA, data)
-        self._writel(regs.FEADDR, address & 0xFFFF_FFFF)
-        self._writel(regs.FEUADDR, address >> 32)
+        interrupts.request_irq(vector, self.handle_fault)
+        self._writel(regs.FEDATA, vector)
+        self._writel(regs.FEADDR, MSI_ADDRESS)
+        self._writel(regs.FEUADDR, 0)
         self._writel(regs.FECTL, 0)
         if self.caps.interrupt_remapping:
             self._one_shot(regs.SIRTP)
