@@ -1,7 +1,7 @@
 """What `iommulab bench` measures, as one client of any backend.
 
 Every figure is the best of several rounds, in microseconds a call: the best is what the code costs when nothing else
-runs. The same functions run on the real kernel and on the model, in the same place, so that their ratio means something.
+runs. The same functions run on the real kernel and on the model, in the same place, so that their ratio says something.
 `python -m iommulab.measure --backend MODULE:FACTORY` prints the figures as JSON; the bench runs that in a guest.
 """
 
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 from conformance.drivers.vfio import VfioDevice, functions
 from uapi.backend import DEV_IOMMU, Backend, File
@@ -195,7 +196,7 @@ def memmove_figures(seconds: float) -> Iterator[tuple[str, float]]:
     source, target = ctypes.create_string_buffer(MIB), ctypes.create_string_buffer(MIB)
     here, there = ctypes.addressof(source), ctypes.addressof(target)
     for length, name in ((8, "8 B"), (4 * KIB, "4 KiB"), (MIB, "1 MiB")):
-        yield f"memmove {name}", best(lambda length=length: ctypes.memmove(there, here, length), seconds=seconds)
+        yield f"memmove {name}", best(partial(ctypes.memmove, there, here, length), seconds=seconds)
 
 
 def main() -> int:
