@@ -52,8 +52,21 @@ class Comparison:
         return [one for one in self.differing if one.entry is None]
 
 
+#: Calls that a client repeats until something happens: how often is chance.
+_POLLED = frozenset({"read", "pread", "poll"})
+
+
 def _comparable(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [call for call in calls if not call.get("volatile")]
+    """The calls one by one, without volatile ones; polling as one call for each new outcome."""
+    found: list[dict[str, Any]] = []
+    for call in calls:
+        if call.get("volatile"):
+            continue
+        if call["call"] not in _POLLED:
+            found += [call] * call.get("times", 1)
+        elif not found or _outcome(found[-1]) != _outcome(call):
+            found.append(call)
+    return found
 
 
 def _outcome(call: dict[str, Any]) -> tuple[Any, ...]:
@@ -163,6 +176,7 @@ def print_comparison(console: Console, found: Comparison) -> None:
         if missing:
             say(f"\n{len(missing)} tests were not run on {title}, e.g. {missing[0]}")
     shown = [one for one in found.unexplained if NOT_RUN not in (one.left, one.right)]
+    shown.sort(key=lambda one: one.left.startswith("skipped") or one.right.startswith("skipped"))
     for one in [*shown[:SHOWN], *(one for one in found.differing if one.entry is not None)]:
         say(f"\n{'KNOWN' if one.entry is not None else 'DIFFERS'} {one.test}")
         say(f"  {titles[0]:{width}}  {one.left}\n  {titles[1]:{width}}  {one.right}")
