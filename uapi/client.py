@@ -66,6 +66,9 @@ class _Executor:
             raise OSError(number, os.strerror(number))
         return result
 
+    def ready(self) -> None:
+        """Answers that the child runs, and holds nothing of its parent's."""
+
     def open(self, path: str, flags: int) -> int:
         return os.open(path, flags)
 
@@ -157,6 +160,8 @@ class ChildProcess:
                 os._exit(status)
         theirs.close()
         self._sock: socket.socket | None = ours
+        # Until it has closed what it inherited, the child is a second holder of every file of this process.
+        self.call("ready")
 
     def call(self, command: str, *args: Any, fds: list[int] | None = None) -> Any:
         """Execute one command in the child. OSError with the child's errno; ESRCH after `exit`."""
