@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +19,7 @@ def points(intervals: list[tuple[int, int]]) -> set[int]:
 
 
 def is_maximal(runs: list[tuple[int, int]]) -> bool:
-    return all(before[1] + 1 < after[0] for before, after in zip(runs, runs[1:], strict=False))
+    return all(before[1] + 1 < after[0] for before, after in itertools.pairwise(runs))
 
 
 @given(st.lists(spans), ranges)
