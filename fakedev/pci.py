@@ -42,7 +42,7 @@ MEM32, MEM64, IO = "mem32", "mem64", "io"
 def rid_of(address: str) -> int:
     """The requester id of "0000:00:10.0": bus, device, function. ValueError for anything else, and for segments."""
     match = _ADDRESS.fullmatch(address)
-    if match is None or match[1] != "0000":
+    if match is None or match[1] != "0000" or int(match[3], 16) > 31:
         raise ValueError(f"no PCI address: {address!r}")
     return int(match[2], 16) << 8 | int(match[3], 16) << 3 | int(match[4])
 
@@ -119,7 +119,7 @@ class MsiCapability:
         self.offset = offset
         self.vectors = 1 << vectors_lg2
         flags = PCI_MSI_FLAGS_64BIT | vectors_lg2 << 1
-        writable = PCI_MSI_FLAGS_ENABLE | (PCI_MSI_FLAGS_QSIZE if vectors_lg2 else 0)
+        writable = PCI_MSI_FLAGS_ENABLE | PCI_MSI_FLAGS_QSIZE
         function.add_capability(
             PCI_CAP_ID_MSI,
             offset,

@@ -62,12 +62,15 @@ class Tlb:
                         break
         return run
 
-    def insert(self, tag: int, run: Run, lg2: int) -> None:
-        """Cache `run`: one large page of 1 << lg2 bytes, or (lg2 = 12) a run of 4 KiB pages."""
+    def insert(self, tag: int, run: Run, lg2: int) -> Run:
+        """Cache `run`: one large page of 1 << lg2 bytes, or (lg2 = 12) a run of 4 KiB pages; what has been cached.
+
+        A run is cut short in front of a page that is cached already, so that no page is in two runs.
+        """
         tagged = self._tags.get(tag)
         if tagged is None:
             tagged = self._tags[tag] = _Tagged()
-        start, end, _, _ = run
+        start, end, delta, allowed = run
         if lg2 > 12:
             tagged.large[lg2][start >> lg2] = run
             self.slots += 1
@@ -75,10 +78,17 @@ class Tlb:
             tagged.pages[start >> 12] = run
             self.slots += 1
         else:
-            tagged.pages.update(dict.fromkeys(range(start >> 12, end >> 12), run))
+            pages = tagged.pages
+            for number in range((start >> 12) + 1, end >> 12):
+                if number in pages:
+                    end = number << 12
+                    run = (start, end, delta, allowed)
+                    break
+            pages.update(dict.fromkeys(range(start >> 12, end >> 12), run))
             self.slots += end - start >> 12
         if self.slots > self.capacity:
             self.clear()
+        return run
 
     def extend(self, tag: int, run: Run, end: int) -> Run:
         """Join `run` with the cached runs of 4 KiB pages that continue it, as far as `end`; nothing new is cached."""

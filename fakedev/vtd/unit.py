@@ -388,8 +388,7 @@ class VtdUnit:
         run = (start, stop, pa - start, end.permissions)
         if MSI_START <= pa + address - start < MSI_END:
             self._fault(request, faults.INTERRUPT_RANGE, context)
-        self.tlb.insert(context.did, run, lg2)
-        return run
+        return self.tlb.insert(context.did, run, lg2)
 
     def _contiguous(self, end: Walk, address: int, length: int) -> int:
         """How many pages of the request continue the leaf at `end` in the same table: only these are cached."""
