@@ -58,12 +58,14 @@ class Interrupts:
             raise KernelError(errno.ENOSPC, "the function has no MSI")
         if function.rid in self._vectors:
             raise KernelBug("MSI is on already")
-        count = min(1 << wanted.bit_length() - 1, msi.vectors)
+        count = min(wanted, msi.vectors)
+        enabled_lg2 = (count - 1).bit_length()
+        block = 1 << enabled_lg2  # a function is given a power of two, and data aligned to it
         first = FIRST_VECTOR
         for taken in sorted(self._vectors.values(), key=lambda span: span.start):
-            if first + count <= taken.start:
+            if first + block <= taken.start:
                 break
-            first = -(-taken.stop // count) * count  # data of a block is aligned to its length
+            first = -(-taken.stop // block) * block
         self._vectors[function.rid] = range(first, first + count)
         cap = msi.offset
         function.config_write(cap + PCI_MSI_ADDRESS_LO, 4, MSI_ADDRESS)
@@ -71,7 +73,7 @@ class Interrupts:
         function.config_write(cap + _PCI_MSI_DATA_64, 2, first)
         flags = function.config_read(cap + PCI_MSI_FLAGS, 2) & ~PCI_MSI_FLAGS_QSIZE
         pci_intx(function, False)
-        function.config_write(cap + PCI_MSI_FLAGS, 2, flags | (count.bit_length() - 1) << 4 | PCI_MSI_FLAGS_ENABLE)
+        function.config_write(cap + PCI_MSI_FLAGS, 2, flags | enabled_lg2 << 4 | PCI_MSI_FLAGS_ENABLE)
         return count
 
     def pci_free_irq_vectors(self, function: PciFunction) -> None:

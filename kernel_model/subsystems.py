@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 from kernel_model.iommu.registry import attach_drivers
 from kernel_model.iommufd.main import register as register_iommufd
+from kernel_model.vfio.main import register as register_vfio
 
 
 def boot(kernel: Kernel) -> None:
@@ -16,3 +17,4 @@ def boot(kernel: Kernel) -> None:
     for device in attach_drivers(kernel):
         kernel.devices[device.name] = device
     register_iommufd(kernel)
+    register_vfio(kernel)
