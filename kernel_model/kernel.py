@@ -181,8 +181,10 @@ class Kernel:
             raise KernelBug(self._dead)
         self._lock.acquire()
         self._depth += 1
-        if self._depth == 1 and (self._poll(0) or self.watched_mappings or self.queue):
-            self.notice()
+        if self._depth == 1:
+            events = self._poll(0)
+            if events or self.watched_mappings or self.queue:
+                self.notice(events)
 
     def enter_by(self, fd: int) -> FileDescription:
         """`enter()` and `description(fd)` in one, for the path that every ioctl of this process takes."""
@@ -283,9 +285,9 @@ class Kernel:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def notice(self) -> None:
+    def notice(self, events: list[tuple[int, int]] | None = None) -> None:
         """Deal with closed descriptors, raw stores and leftover work: what happened since the last call."""
-        for fd, _events in self._hangups.poll(0):
+        for fd, _ in self._hangups.poll(0) if events is None else events:
             descriptor = self._by_fd.get(fd)
             if descriptor is not None:
                 self._hang_up(descriptor)

@@ -37,10 +37,13 @@ class AttachHandle(core.AttachHandle):
         self.idev = idev
 
 
-def _no_pasid_attachment(pasid: int) -> None:
-    """EOPNOTSUPP: no IOMMU of the model's machines translates by PASID."""
-    if pasid != NO_PASID:
-        raise KernelError(errno.EOPNOTSUPP, "the IOMMU has no PASID support")
+def _set_pasid(dev: core.Device) -> None:
+    """The driver's half of iommu_attach_device_pasid(): a device that cannot use PASIDs needs, and gets, nothing.
+
+    EOPNOTSUPP: it can, and no driver of the model translates by PASID.
+    """
+    if dev.max_pasids:
+        raise KernelError(errno.EOPNOTSUPP, "the IOMMU driver has no PASID support")
 
 
 class Attach:
@@ -114,8 +117,10 @@ class IommufdDevice(Object):
                 self._check_pasid(hwpt, pasid)
                 if hwpt.domain is None:
                     raise KernelBug("a HWPT without a domain")
-                _no_pasid_attachment(pasid)
-                core.attach_group_handle(hwpt.domain, igroup.group, AttachHandle(self))
+                if pasid == NO_PASID:
+                    core.attach_group_handle(hwpt.domain, igroup.group, AttachHandle(self))
+                else:
+                    _set_pasid(self.dev)
             except KernelError:
                 if pasid == NO_PASID:
                     iopt.unreserve(self.dev)
@@ -145,8 +150,10 @@ class IommufdDevice(Object):
             self._check_pasid(hwpt, pasid)
             if hwpt.domain is None:
                 raise KernelBug("a HWPT without a domain")
-            _no_pasid_attachment(pasid)
-            core.replace_group_handle(igroup.group, hwpt.domain, AttachHandle(self))
+            if pasid == NO_PASID:
+                core.replace_group_handle(igroup.group, hwpt.domain, AttachHandle(self))
+            else:
+                _set_pasid(self.dev)
         except KernelError:
             # As the kernel does: from the target, even where that is the current IOAS.
             if pasid == NO_PASID:
@@ -171,7 +178,8 @@ class IommufdDevice(Object):
         attach.devices.pop(self.id, None)
         if not attach.devices:
             assert hwpt.domain is not None
-            core.detach_group_handle(hwpt.domain, igroup.group)
+            if pasid == NO_PASID:
+                core.detach_group_handle(hwpt.domain, igroup.group)
             del igroup.attachments[pasid]
         if pasid == NO_PASID:
             hwpt.ioas.iopt.unreserve(self.dev)

@@ -14,6 +14,7 @@ from kernel_model.iommufd.ioas import Ioas
 from kernel_model.iommufd.object import Object
 from uapi.iommufd import (
     IOMMU_HWPT_ALLOC,
+    IOMMU_HWPT_ALLOC_PASID,
     IOMMU_HWPT_DATA_NONE,
     IOMMU_HWPT_FAULT_ID_VALID,
     IOMMU_HWPT_INVALIDATE,
@@ -44,6 +45,7 @@ def hwpt_alloc(ucmd: UserCommand[Context, iommu_hwpt_alloc]) -> None:
         data = UserData(ucmd) if cmd.data_len else None
         hwpt = paging_alloc(ctx, parent, idev.dev, idev.enforce_cache_coherency, cmd.flags, data, None)
     elif isinstance(parent, HwptPaging):
+        _check_nested(cmd, idev, parent)
         raise KernelError(errno.EOPNOTSUPP, "the device's IOMMU has no nested translation")
     else:
         raise KernelError(errno.EINVAL, f"object {cmd.pt_id} is no page table")
@@ -57,6 +59,17 @@ def hwpt_alloc(ucmd: UserCommand[Context, iommu_hwpt_alloc]) -> None:
         ctx.objects.abort(hwpt)
         raise
     ctx.objects.finalize(hwpt)
+
+
+def _check_nested(cmd: iommu_hwpt_alloc, idev: IommufdDevice, parent: HwptPaging) -> None:
+    """The head of iommufd_hwpt_nested_alloc(). EOPNOTSUPP: flags, no data, or a driver that never nests. EINVAL: the
+    parent is automatic, was not made for nesting, or is another driver's."""
+    driver = idev.dev.iommu
+    allowed = IOMMU_HWPT_FAULT_ID_VALID | IOMMU_HWPT_ALLOC_PASID
+    if cmd.flags & ~allowed or not cmd.data_len or driver is None or not driver.has_nested:
+        raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x} with {cmd.data_len} bytes of data")
+    if parent.auto_domain or not parent.nest_parent or parent.domain is None or parent.domain.owner is not driver:
+        raise KernelError(errno.EINVAL, f"HWPT {parent.id} is no parent for nesting")
 
 
 @table.handles(IOMMU_HWPT_INVALIDATE)
