@@ -317,7 +317,6 @@ def test_hwpt_alloc_ignores_the_fault_id_without_the_flag(device: VfioDevice, io
 
 
 @pytest.mark.since("6.11")
-@pytest.mark.linux_only("the model has no fault queues yet")
 def test_hwpt_holds_its_fault_queue(kernel: Backend, device: VfioDevice, iommu: File, ioas: int) -> None:
     queue = IOMMU_FAULT_QUEUE_ALLOC(iommu)
     kernel.adopt(queue.out_fault_fd).close()
