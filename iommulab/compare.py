@@ -20,6 +20,7 @@ from conformance.offers import older
 from iommulab import differences
 from iommulab.errors import UserError
 from iommulab.results import Results, Test, area_of, load
+from iommulab.terminal import console as make_console
 from uapi.decode import render
 
 #: Differing tests that are printed in full.
@@ -218,5 +219,5 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"there is no file {args.differences}")
     entries = differences.load(args.differences or differences.FILE)
     found = compare(load(args.left), load(args.right), entries)
-    print_comparison(Console(soft_wrap=True), found)
+    print_comparison(make_console(), found)
     return 1 if found.unexplained else 0

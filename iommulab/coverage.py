@@ -26,6 +26,7 @@ from rich.console import Console
 from iommulab.errors import UserError
 from iommulab.results import SUITE
 from iommulab.suite import MODEL, pytest_command, workers_for
+from iommulab.terminal import console as make_console
 
 ROOT = SUITE.parent
 REASONS = SUITE / "UNREACHED.md"
@@ -142,7 +143,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """0, or 1 where a place was not reached and has no reason."""
-    console = Console(soft_wrap=True)
+    console = make_console()
     if args.workers is not None and not 1 <= args.workers <= 256:
         raise UserError(f"-n {args.workers} is not between 1 and 256")
     try:

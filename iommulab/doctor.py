@@ -14,12 +14,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from iommulab.errors import UserError
 from iommulab.guest import find_qemu, kvm_problem
 from iommulab.kernel_images import HOW_TO_GET_ONE, Image, cached_images, find_image
+from iommulab.terminal import console as make_console
 from uapi.backend import DEV_IOMMU
 from uapi.linux import LinuxBackend
 
@@ -149,7 +149,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table. Nothing missing is an error: the model needs none of it."""
-    console = Console(soft_wrap=True)
+    console = make_console()
     try:
         image = find_image(args.kernel_image, None)
     except UserError:

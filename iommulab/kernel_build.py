@@ -22,6 +22,7 @@ from rich.table import Table
 
 from iommulab.errors import UserError
 from iommulab.kernel_images import HOW_TO_GET_ONE, cache, cached_images, read_image
+from iommulab.terminal import console as make_console
 
 FRAGMENT = Path(__file__).resolve().parent / "data" / "kernel.config"
 #: Programs that a kernel build calls, and the Debian packages that have them.
@@ -63,7 +64,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run_list(_args: argparse.Namespace) -> int:
     """Print the cached images."""
-    console = Console(soft_wrap=True)
+    console = make_console()
     images = cached_images()
     if not images:
         console.print(f"no kernel image in {cache()}: {HOW_TO_GET_ONE}", markup=False, highlight=False)
@@ -83,7 +84,7 @@ def run_build(args: argparse.Namespace) -> int:
     """Build and keep an image."""
     if not 1 <= args.jobs <= 1024:
         raise UserError(f"-j {args.jobs} is not a number of jobs")
-    console = Console(soft_wrap=True)
+    console = make_console()
     path = build(args.tree, args.jobs, console)
     console.print(f"built {path}", markup=False, highlight=False)
     console.print("run the suite on it: iommulab conformance --on vm", markup=False, highlight=False)

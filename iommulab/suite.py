@@ -22,6 +22,7 @@ from iommulab.kernel_images import find_image
 from iommulab.progress import SuiteProgress
 from iommulab.reports import write_all
 from iommulab.results import SUITE, Results, Test
+from iommulab.terminal import console as make_console
 from iommulab.vm import VmLaunch
 from uapi.backend import DEV_IOMMU
 from uapi.linux import LinuxBackend
@@ -153,7 +154,7 @@ def _seconds(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Run the suite, print the table, write the reports: 0, or 1 where a test failed."""
-    console = Console(soft_wrap=True)
+    console = make_console()
     if args.kernel_image is not None and args.on != "vm":
         raise UserError("--kernel-image is what --on vm boots; add --on vm")
     if args.workers not in (None, 1) and args.on != "model":
@@ -222,7 +223,7 @@ def print_table(console: Console, results: Results) -> None:
     table.add_column("area")
     for name in ("passed", "failed", "skipped"):
         table.add_column(name, justify="right")
-    table.add_column("why skipped", overflow="fold", max_width=90)
+    table.add_column("why skipped", overflow="fold", max_width=80)
     for area, tests in results.areas().items():
         passed, failed = (sum(test.verdict == verdict for test in tests) for verdict in ("passed", "failed"))
         skipped = len(tests) - passed - failed
