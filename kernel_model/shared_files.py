@@ -10,11 +10,13 @@ truncated mapping would raise SIGBUS; a real pin would have kept the page.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import mmap
 import os
 
 from fakedev.memory import BusAbort, PhysicalMemory
-from kernel_model.errors import KernelBug
+from kernel_model.errors import KernelError
 from kernel_model.process import PAGE_SIZE, TASK_BITS
 
 #: Windows of shared files start above those of sixteen address spaces.
@@ -48,14 +50,29 @@ class SharedFile:
 
     def read(self, offset: int, length: int) -> bytes:
         view = self.view(offset, length)
-        return os.pread(self.fd, length, offset) if view is None else bytes(view)
+        if view is not None:
+            return bytes(view)
+        try:
+            return os.pread(self.fd, length, offset).ljust(length, b"\0")
+        except OSError as error:
+            raise BusAbort(self.window | offset) from error
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         view = self.view(offset, len(data))
-        if view is None:
-            os.pwrite(self.fd, data, offset)
-        else:
+        if view is not None:
             view[:] = data
+            return
+        try:  # a sealed file, or one that this process may only read: what a device writes there is lost
+            os.pwrite(self.fd, data, offset)
+        except OSError as error:
+            raise BusAbort(self.window | offset) from error
+
+    def take(self, fd: int) -> None:
+        """Another descriptor for the file: keep the one that can write."""
+        if _writes(fd) and not _writes(self.fd):
+            self.fd, fd = fd, self.fd
+            self._whole = memoryview(b"")
+        os.close(fd)
 
     def close(self) -> None:
         self._whole.release()
@@ -71,17 +88,21 @@ class SharedFiles:
         self._files: dict[tuple[int, int], SharedFile] = {}
         self._free = list(range(WINDOWS - 1, -1, -1))
 
-    def get(self, key: tuple[int, int], fd: int) -> SharedFile:
-        """The window of the file `key` = (device, inode), one user more; takes over `fd` or closes it."""
+    def get(self, key: tuple[int, int], fd: int, end: int) -> SharedFile:
+        """The window of the file `key` = (device, inode), used up to byte `end`, one user more; takes over `fd`.
+
+        ENOMEM: limits of the model, 2 TiB of a file and 1,024 files at a time.
+        """
         found = self._files.get(key)
+        if end > WINDOW_SIZE or (found is None and not self._free):
+            os.close(fd)
+            raise KernelError(errno.ENOMEM, f"the model has no room for {end:#x} bytes of another shared file")
         if found is None:
-            if not self._free:
-                raise KernelBug("more shared files are pinned than the physical address space has windows for")
             found = SharedFile(fd, FIRST_WINDOW + self._free.pop() * WINDOW_SIZE)
             self._files[key] = found
             self._memory.add_window(found.window, WINDOW_SIZE, found)
         else:
-            os.close(fd)
+            found.take(fd)
         found.users += 1
         return found
 
@@ -98,3 +119,7 @@ class SharedFiles:
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def _writes(fd: int) -> bool:
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR

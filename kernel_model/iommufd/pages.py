@@ -110,11 +110,20 @@ class Pages:
     def pin(self, first: int, last: int) -> Runs:
         """Pin [first, last] once more; where the pages are.
 
-        ENOMEM: the account's limit, after everything was pinned, and all of it is undone. Otherwise `resolve`'s errnos.
+        ENOMEM: the account's limit, after everything was pinned. Otherwise `resolve`'s errnos. After an error all is as
+        it was.
         """
+        held = len(self._holds)
+        try:
+            return self._pin(first, last)
+        except KernelError:
+            self._drop_holds(held)
+            raise
+
+    def _pin(self, first: int, last: int) -> Runs:
         if not self._pinned:
             runs = self.resolve(first, last)
-            self._charge_or_drop(last - first + 1)
+            self._charge(last - first + 1)
             piece = _Pinned(first, last, runs)
             piece.count = 1
             self._pinned.append(piece)
@@ -123,7 +132,7 @@ class Pages:
         covered = [(piece.first, piece.last) for piece in self._pinned]
         for hole_first, hole_last in complement(covered, first, last):
             fresh.append(_Pinned(hole_first, hole_last, self.resolve(hole_first, hole_last)))
-        self._charge_or_drop(sum(piece.last - piece.first + 1 for piece in fresh))
+        self._charge(sum(piece.last - piece.first + 1 for piece in fresh))
         self._pinned = sorted([*self._pinned, *fresh], key=lambda piece: piece.first)
         self._split(first)
         self._split(last + 1)
@@ -146,14 +155,15 @@ class Pages:
             self._pinned = [piece for piece in self._pinned if piece.count]
             self._uncharge(gone)
             if not self._pinned:
-                self._drop_holds()
+                self._drop_holds(0)
 
     def hold(self, release: Callable[[], None]) -> None:
         """Have `release` called when nothing of this is pinned any more."""
         self._holds.append(release)
 
-    def _drop_holds(self) -> None:
-        holds, self._holds = self._holds, []
+    def _drop_holds(self, keep: int) -> None:
+        """Release all holds but the oldest `keep`."""
+        holds, self._holds = self._holds[keep:], self._holds[:keep]
         for release in holds:
             release()
 
@@ -174,14 +184,6 @@ class Pages:
         rest.count = piece.count
         piece.last, piece.runs = index - 1, head
         pieces.insert(where + 1, rest)
-
-    def _charge_or_drop(self, npages: int) -> None:
-        try:
-            self._charge(npages)
-        except KernelError:
-            if not self._pinned:
-                self._drop_holds()
-            raise
 
     def _charge(self, npages: int) -> None:
         """iopt_pages_update_pinned(), upwards. ENOMEM over RLIMIT_MEMLOCK in modes USER and MM."""
@@ -247,8 +249,6 @@ class UserPages(Pages):
             runs.append((self._physical(vma, position), (stop - position) >> PAGE_SHIFT))
             position = stop
         if position < end:
-            if not self._pinned:
-                self._drop_holds()
             raise KernelError(
                 errno.EFAULT, f"{position:#x} cannot be pinned for {'writing' if self.writable else 'reading'}"
             )
@@ -261,7 +261,8 @@ class UserPages(Pages):
                 if self.writable and filesystem_type(fd) not in (_TMPFS_MAGIC, _HUGETLBFS_MAGIC):
                     os.close(fd)
                     raise KernelError(errno.EFAULT, f"{address:#x} maps a file that needs write-back")
-                file = self.kernel.shared_files.get((os.makedev(*vma.device), vma.inode), fd)
+                key = os.makedev(*vma.device), vma.inode
+                file = self.kernel.shared_files.get(key, fd, vma.offset + vma.end - vma.start)
                 self.hold(lambda: self.kernel.shared_files.put(file))
                 return file.window + vma.offset + (address - vma.start)
         return self.process.mm.window | address
@@ -316,9 +317,20 @@ class FilePages(Pages):
         end = self.start + ((last + 1) << PAGE_SHIFT)
         if end - 1 >= status.st_size:
             raise KernelError(errno.EINVAL, f"the file ends at {status.st_size:#x}, before {end:#x}")
-        file = self.kernel.shared_files.get((status.st_dev, status.st_ino), os.dup(self._fd))
+        file = self.kernel.shared_files.get((status.st_dev, status.st_ino), self._reopen(), end)
         self.hold(lambda: self.kernel.shared_files.put(file))
         return [(file.window + begin, last - first + 1)]
+
+    def _reopen(self) -> int:
+        """A descriptor for writing if there can be one: a pin does not ask how the client's was opened."""
+        try:
+            return os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            pass
+        try:
+            return os.dup(self._fd)
+        except OSError as error:
+            raise KernelError(errno.ENOMEM, "the model has no descriptor left to keep the file by") from error
 
     def change_process(self, process: Process) -> None:
         """IOMMU_IOAS_CHANGE_PROCESS: `process` owns and pays from now on. The caller has checked its limits."""
