@@ -80,13 +80,13 @@ def test_an_access_over_two_windows_is_split(memory):
 def test_windows_do_not_overlap(memory):
     memory.add_window(0x20_0000, 0x2000, Bytes(0x2000))
     for base, size in ((0x20_1000, 0x1000), (0x1F_F000, 0x1001), (0, 0x1000), (1 << 52, 0x1000), (0x30_0000, 0)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="window"):
             memory.add_window(base, size, Bytes(size))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="no window starts"):
         memory.remove_window(0x20_1000)
 
 
 @pytest.mark.parametrize("size", [0, 4095, (2 << 30) + 4096])
 def test_ram_is_whole_pages_up_to_the_hole(size):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="bytes of RAM"):
         PhysicalMemory(size)

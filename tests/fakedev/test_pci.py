@@ -141,7 +141,7 @@ def test_the_machine_has_the_functions_of_the_vm(box):
 
 @pytest.mark.parametrize("text", ["10.0", "0000:00:20.0", "0000:00:10.8", "0001:00:10.0", "x"])
 def test_what_is_no_address_is_refused(text):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="no PCI address"):
         rid_of(text)
 
 
