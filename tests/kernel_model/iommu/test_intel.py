@@ -101,11 +101,12 @@ def test_capabilities_follow_the_registers(world):
 
 @pytest.mark.parametrize(("flags", "works"), [(0, 1), (8, 1), (1, 0), (2, 0), (4, 0), (16, 0), (9, 0)])
 def test_only_the_pasid_flag_is_accepted(world, flags, works):
-    try:
+    if works:
         core.paging_domain_alloc_flags(world.device, flags).free()
-        assert works
-    except KernelError as error:
-        assert (error.errno, works) == (errno.EOPNOTSUPP, 0)
+    else:
+        with pytest.raises(KernelError) as caught:
+            core.paging_domain_alloc_flags(world.device, flags)
+        assert caught.value.errno == errno.EOPNOTSUPP
 
 
 def test_a_domain_has_48_bits_and_three_page_sizes(world):
@@ -165,7 +166,8 @@ def test_unmapping_one_area_keeps_the_translations_of_its_neighbours(world):
     world.attach(domain)
     domain.map(0x1000, PA, K4, 3)
     domain.map(0x2000, PA, K4, 3)
-    assert not world.refused(0x1000) and not world.refused(0x2000)
+    assert not world.refused(0x1000)
+    assert not world.refused(0x2000)
     domain.unmap(0x1000, K4)
     assert world.box.tlb_entries == 1
 
