@@ -14,17 +14,13 @@ from kernel_model.page_alloc import PageAllocator
 
 K4, M2, G1 = 1 << 12, 1 << 21, 1 << 30
 ALL = K4 | M2 | G1
-memory = PhysicalMemory(256 << 20)
 
 
 class Tree:
     def __init__(self, top_level=3, address_bits=48):
-        self.pages = PageAllocator(memory)
-        # What an earlier test left in RAM is not zero.
-        for page in range(1 << 20, 32 << 20, K4):
-            if memory.words[page >> 3 : (page >> 3) + 512].tolist().count(0) != 512:
-                memory.ram[page : page + K4] = bytes(K4)
-        self.table = PageTable(VtdSecondStage(), memory, self.pages, top_level, address_bits)
+        self.memory = PhysicalMemory(64 << 20)
+        self.pages = PageAllocator(self.memory)
+        self.table = PageTable(VtdSecondStage(), self.memory, self.pages, top_level, address_bits)
 
     def map(self, iova, pa, length, prot=3, sizes=ALL):
         for table in self.table.map(iova, pa, length, prot, sizes):
@@ -37,12 +33,12 @@ class Tree:
         return unmapped
 
 
-def walk(root, levels, iova):
+def walk(tree, levels, iova):
     """The manual's walk (3.7), step by step: (base, size, R | W) of the leaf, or None."""
-    table, allowed = root, 3
+    table, allowed = tree.table.root, 3
     for remaining in range(levels, 0, -1):
         shift = 12 + 9 * (remaining - 1)
-        entry = int.from_bytes(memory.read(table + (iova >> shift) % 512 * 8, 8), "little")
+        entry = int.from_bytes(tree.memory.read(table + (iova >> shift) % 512 * 8, 8), "little")
         if entry & 3 == 0:
             return None
         allowed &= entry & 3
@@ -126,22 +122,23 @@ def test_map_and_unmap_agree_with_a_list_of_leaves(operations):
             assert tree.unmap(iova, length) == oracle.unmap(iova, length)
     probes = set()
     for start, (size, pa, prot) in oracle.leaves.items():
-        assert walk(tree.table.root, 4, start) == (pa, size, prot)
+        assert walk(tree, 4, start) == (pa, size, prot)
         assert tree.table.iova_to_phys(start + size - 1) == pa + size - 1
         probes |= {start - 1, start + size}
     for probe in probes | set(BASES):
         if probe >= 0 and oracle.hit(probe) is None:
-            assert walk(tree.table.root, 4, probe) is None
+            assert walk(tree, 4, probe) is None
             assert tree.table.iova_to_phys(probe) is None
     assert len(tree.table.tables()) == tree.pages.live
     tree.table.free()
     assert tree.pages.live == 0
+    tree.memory.close()
 
 
 def leaf_sizes(tree, iova, length):
     found, end = [], iova + length
     while iova < end:
-        _, size, _ = walk(tree.table.root, 4, iova)
+        _, size, _ = walk(tree, 4, iova)
         found.append(size)
         iova += size
     return found
@@ -196,9 +193,9 @@ def test_mapping_over_a_leaf_is_eaddrinuse_and_leaves_the_rest_unmapped():
         with pytest.raises(KernelError) as caught:
             tree.map(iova, iova, length)
         assert caught.value.errno == errno.EADDRINUSE
-    assert walk(tree.table.root, 4, 0) is None
-    assert walk(tree.table.root, 4, 8 * K4) == (0, K4, 3)
-    assert walk(tree.table.root, 4, M2) == (M2, M2, 3)
+    assert walk(tree, 4, 0) is None
+    assert walk(tree, 4, 8 * K4) == (0, K4, 3)
+    assert walk(tree, 4, M2) == (M2, M2, 3)
 
 
 def test_an_empty_table_gives_way_to_a_large_page():
@@ -208,7 +205,7 @@ def test_an_empty_table_gives_way_to_a_large_page():
     live = tree.pages.live
     tree.map(M2, M2, M2)
     assert tree.pages.live == live - 1
-    assert walk(tree.table.root, 4, M2) == (M2, M2, 3)
+    assert walk(tree, 4, M2) == (M2, M2, 3)
 
 
 def test_unmap_stops_at_a_hole():
@@ -216,7 +213,7 @@ def test_unmap_stops_at_a_hole():
     tree.map(0, 0, 2 * K4)
     tree.map(3 * K4, 3 * K4, K4)
     assert tree.unmap(0, 4 * K4) == 2 * K4
-    assert walk(tree.table.root, 4, 3 * K4)
+    assert walk(tree, 4, 3 * K4)
     assert tree.unmap(0, 4 * K4) == 0
 
 
@@ -230,7 +227,7 @@ def test_unmap_of_the_start_of_a_large_page_takes_it_whole():
     tree = Tree()
     tree.map(M2, M2, M2)
     assert tree.unmap(M2, K4) == M2
-    assert walk(tree.table.root, 4, M2) is None
+    assert walk(tree, 4, M2) is None
 
 
 def test_a_table_is_freed_when_one_unmap_covers_all_it_spans():
@@ -252,7 +249,7 @@ def test_a_page_can_be_mapped_again_after_its_table_was_freed():
     tree.map(M2 + 2 * K4, K4, M2 - 2 * K4)
     assert tree.unmap(M2, M2) == M2
     tree.map(M2 + K4, 7 * K4, K4)
-    assert walk(tree.table.root, 4, M2 + K4) == (7 * K4, K4, 3)
+    assert walk(tree, 4, M2 + K4) == (7 * K4, K4, 3)
     assert tree.unmap(M2 + K4, K4) == K4
 
 
@@ -261,7 +258,7 @@ def test_other_depths(top_level, bits):
     tree = Tree(top_level, bits)
     last = (1 << bits) - K4
     tree.map(last, 0x5000, K4)
-    assert walk(tree.table.root, top_level + 1, last) == (0x5000, K4, 3)
+    assert walk(tree, top_level + 1, last) == (0x5000, K4, 3)
     assert tree.pages.live == top_level + 1
     assert tree.unmap(last, K4) == K4
 
