@@ -8,14 +8,15 @@ Client memory with holes and protections is in `conformance.arena`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 
+from conformance.arena import Arena
 from uapi.backend import File
 from uapi.iommufd import (
     IOMMU_DESTROY,
@@ -32,7 +33,6 @@ from uapi.iommufd import (
     IOMMU_OPTION,
     IOMMU_OPTION_OP_GET,
     IOMMU_OPTION_OP_SET,
-    iommu_iova_range,
 )
 
 PAGE = 4096
@@ -48,6 +48,8 @@ RW = READ | WRITE
 
 #: A user address that nothing is mapped at. Without a domain, MAP never looks at user memory: any address is accepted.
 NOWHERE = 0x7000_0000_0000
+
+_SCRATCH = Arena(16)
 
 
 def errno_name(number: int | None) -> str:
@@ -140,28 +142,33 @@ def is_mapped(iommu: File, ioas: int, iova: int) -> bool:
         destroy(iommu, scratch)
 
 
+def place(data: bytes) -> int:
+    """Put bytes at the start of a page that all steps share; its address. The next `place` overwrites them.
+
+    An address that a call gets shows its offset in the page in the recorded calls, so what is pointed to should not
+    lie wherever the allocator likes.
+    """
+    _SCRATCH.write(_SCRATCH.address, data)
+    return _SCRATCH.address
+
+
 def iova_ranges(iommu: File, ioas: int, room: int = 16) -> list[tuple[int, int]]:
     """IOMMU_IOAS_IOVA_RANGES; the usable (start, last) pairs."""
-    array = (iommu_iova_range * room)()
-    reply = IOMMU_IOAS_IOVA_RANGES(iommu, ioas_id=ioas, num_iovas=room, allowed_iovas=ctypes.addressof(array))
-    return [(array[i].start, array[i].last) for i in range(reply.num_iovas)]
+    address = place(bytes(16 * room))
+    reply = IOMMU_IOAS_IOVA_RANGES(iommu, ioas_id=ioas, num_iovas=room, allowed_iovas=address)
+    return list(struct.iter_unpack("<QQ", _SCRATCH.read(address, 16 * reply.num_iovas)))
 
 
 def iova_alignment(iommu: File, ioas: int) -> int:
     """The alignment that IOMMU_IOAS_IOVA_RANGES reports, in bytes."""
-    array = (iommu_iova_range * 16)()
-    return IOMMU_IOAS_IOVA_RANGES(
-        iommu, ioas_id=ioas, num_iovas=16, allowed_iovas=ctypes.addressof(array)
-    ).out_iova_alignment
+    address = place(bytes(16 * 16))
+    return IOMMU_IOAS_IOVA_RANGES(iommu, ioas_id=ioas, num_iovas=16, allowed_iovas=address).out_iova_alignment
 
 
 def allow_iovas(iommu: File, ioas: int, ranges: Iterable[tuple[int, int]]) -> None:
-    """IOMMU_IOAS_ALLOW_IOVAS with these (start, last) pairs."""
-    pairs = list(ranges)
-    array = (iommu_iova_range * max(len(pairs), 1))()
-    for slot, (start, last) in zip(array, pairs, strict=False):
-        slot.start, slot.last = start, last
-    IOMMU_IOAS_ALLOW_IOVAS(iommu, ioas_id=ioas, num_iovas=len(pairs), allowed_iovas=ctypes.addressof(array))
+    """IOMMU_IOAS_ALLOW_IOVAS with these (start, last) pairs, 4096 at most."""
+    data = b"".join(struct.pack("<QQ", start, last) for start, last in ranges)
+    IOMMU_IOAS_ALLOW_IOVAS(iommu, ioas_id=ioas, num_iovas=len(data) // 16, allowed_iovas=place(data))
 
 
 def option_get(iommu: File, option: int, object_id: int = 0) -> int:

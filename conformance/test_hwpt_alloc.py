@@ -40,12 +40,14 @@ from uapi.iommufd import (
     IOMMU_HWPT_ALLOC_PASID,
     IOMMU_HWPT_DATA_VTD_S1,
     IOMMU_HWPT_FAULT_ID_VALID,
+    iommu_hw_info,
     iommu_hw_info_vtd,
 )
 
 pytestmark = pytest.mark.needs("iommu", "root", "vfio_cdev")
 
 NEST_PARENT, DIRTY = IOMMU_HWPT_ALLOC_NEST_PARENT, IOMMU_HWPT_ALLOC_DIRTY_TRACKING
+VTD_SIZE = ctypes.sizeof(iommu_hw_info_vtd)
 PASID, FAULT = IOMMU_HWPT_ALLOC_PASID, IOMMU_HWPT_FAULT_ID_VALID
 
 
@@ -214,11 +216,16 @@ def test_reply_fault_is_efault_and_undoes_the_hwpt(device: VfioDevice, iommu: Fi
 # ----------------------------------------------------------------------------------------------------------- hw info
 
 
+def hw_info(iommu: File, device: VfioDevice) -> tuple[iommu_hw_info, iommu_hw_info_vtd]:
+    """GET_HW_INFO with exact room; the reply and the driver's part."""
+    with arena(1) as memory:
+        reply = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=VTD_SIZE, data_uptr=memory.address)
+        return reply, iommu_hw_info_vtd.from_buffer_copy(memory.read(memory.address, VTD_SIZE))
+
+
 def test_hw_info_tells_of_vtd(device: VfioDevice, iommu: File) -> None:
-    info = iommu_hw_info_vtd()
-    size = ctypes.sizeof(info)
-    reply = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=size, data_uptr=ctypes.addressof(info))
-    assert (reply.out_data_type, reply.data_len) == (IOMMU_HW_INFO_TYPE_INTEL_VTD, size)
+    reply, info = hw_info(iommu, device)
+    assert (reply.out_data_type, reply.data_len) == (IOMMU_HW_INFO_TYPE_INTEL_VTD, VTD_SIZE)
     assert (reply.out_capabilities, reply.out_max_pasid_log2) == (IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED, 0)
     assert info.cap_reg != 0
     assert info.ecap_reg != 0
@@ -226,8 +233,7 @@ def test_hw_info_tells_of_vtd(device: VfioDevice, iommu: File) -> None:
 
 def test_hw_info_registers_are_those_of_the_unit(device: VfioDevice, iommu: File) -> None:
     """QEMU's intel-iommu: 48-bit address width, second-stage 3 and 4 levels, caching mode, queued invalidation."""
-    info = iommu_hw_info_vtd()
-    IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=ctypes.sizeof(info), data_uptr=ctypes.addressof(info))
+    _, info = hw_info(iommu, device)
     assert (info.cap_reg >> 16) & 0x3F == 47
     assert (info.cap_reg >> 8) & 0x1F == 0b00110
     assert info.cap_reg & 1 << 7
@@ -236,17 +242,17 @@ def test_hw_info_registers_are_those_of_the_unit(device: VfioDevice, iommu: File
 
 def test_hw_info_without_room_tells_the_length(device: VfioDevice, iommu: File) -> None:
     reply = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=0, data_uptr=8)
-    assert reply.data_len == ctypes.sizeof(iommu_hw_info_vtd)
+    assert reply.data_len == VTD_SIZE
 
 
 @pytest.mark.parametrize("room", [1, 8, 23, 24, 25, 64])
 def test_hw_info_fills_the_room_and_zeroes_the_rest(device: VfioDevice, iommu: File, room: int) -> None:
-    whole, part = bytearray(24), bytearray(b"\xa5" * 80)
-    for data, length in ((whole, 24), (part, room)):
-        address = ctypes.addressof(ctypes.c_char.from_buffer(data))
-        reply = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=length, data_uptr=address)
-        assert reply.data_len == 24
-    assert part == (whole[:room] + bytes(room))[:room] + b"\xa5" * (80 - room)
+    whole = bytes(hw_info(iommu, device)[1])
+    with arena(1) as memory:
+        memory.write(memory.address, b"\xa5" * 80)
+        reply = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=room, data_uptr=memory.address)
+        assert reply.data_len == VTD_SIZE
+        assert memory.read(memory.address, 80) == (whole + bytes(80))[:room] + b"\xa5" * (80 - room)
 
 
 @pytest.mark.parametrize("room", [1, 24, 32])

@@ -192,10 +192,11 @@ def test_list_need_not_be_aligned(iommu: File, ioas: int) -> None:
 
 
 def test_list_is_copied(iommu: File, ioas: int) -> None:
-    array = (iommu_iova_range * 1)(iommu_iova_range(*HIGH))
-    IOMMU_IOAS_ALLOW_IOVAS(iommu, ioas_id=ioas, num_iovas=1, allowed_iovas=ctypes.addressof(array))
-    array[0].start, array[0].last = 0x4000, 0x4FFF
-    assert map_user(iommu, ioas, NOWHERE, PAGE) == HIGH[0]
+    with arena(1) as memory:
+        memory.write(memory.address, iommu_iova_range(*HIGH))
+        IOMMU_IOAS_ALLOW_IOVAS(iommu, ioas_id=ioas, num_iovas=1, allowed_iovas=memory.address)
+        memory.write(memory.address, iommu_iova_range(0x4000, 0x4FFF))
+        assert map_user(iommu, ioas, NOWHERE, PAGE) == HIGH[0]
 
 
 @pytest.mark.parametrize("bad", [[(5, 5)], [(0x4000, 0x4FFF), (0x4800, 0x5000)]], ids=["one_byte", "overlap"])

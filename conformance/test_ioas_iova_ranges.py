@@ -5,7 +5,6 @@ Mirrors iommufd_ioas_iova_ranges(). Ranges with holes need a device: test_ioas_r
 
 from __future__ import annotations
 
-import ctypes
 import errno
 
 import pytest
@@ -90,13 +89,11 @@ def test_only_entries_that_are_there_are_written(iommu: File) -> None:
 
 
 def test_entries_after_the_last_range_keep_their_bytes(iommu: File) -> None:
-    array = (iommu_iova_range * 3)()
-    ctypes.memset(array, 0xA5, ctypes.sizeof(array))
-    address = ctypes.addressof(array)
-    reply = IOMMU_IOAS_IOVA_RANGES(iommu, ioas_id=ioas_alloc(iommu), num_iovas=3, allowed_iovas=address)
-    assert reply.num_iovas == 1
-    assert (array[0].start, array[0].last) == (0, U64_MAX)
-    assert bytes(array)[16:] == b"\xa5" * 32
+    with arena(1) as memory:
+        memory.write(memory.address, b"\xa5" * 48)
+        reply = IOMMU_IOAS_IOVA_RANGES(iommu, ioas_id=ioas_alloc(iommu), num_iovas=3, allowed_iovas=memory.address)
+        assert reply.num_iovas == 1
+        assert memory.read(memory.address, 48) == bytes(8) + b"\xff" * 8 + b"\xa5" * 32
 
 
 def test_array_need_not_be_aligned(iommu: File) -> None:

@@ -7,11 +7,12 @@ map path that only show beside a domain. The device is edu behind VT-d in legacy
 
 from __future__ import annotations
 
-import ctypes
 import errno
+import struct
 
 import pytest
 
+from conformance.arena import arena
 from conformance.drivers.vfio import VfioDevice
 from conformance.steps import (
     NOWHERE,
@@ -37,7 +38,6 @@ from uapi.iommufd import (
     IOMMU_HWPT_ALLOC,
     IOMMU_IOAS_IOVA_RANGES,
     IOMMU_OPTION_HUGE_PAGES,
-    iommu_iova_range,
 )
 
 pytestmark = pytest.mark.needs("iommu", "root", "vfio_cdev")
@@ -129,12 +129,12 @@ def test_replace_moves_the_window(device: VfioDevice, iommu: File, attached: int
 
 
 def test_array_with_room_for_one_of_two_gets_the_first(iommu: File, attached: int) -> None:
-    array = (iommu_iova_range * 2)()
-    arg = IOMMU_IOAS_IOVA_RANGES.make(ioas_id=attached, num_iovas=1, allowed_iovas=ctypes.addressof(array))
-    with fails(errno.EMSGSIZE):
-        IOMMU_IOAS_IOVA_RANGES.raw(iommu, arg)
-    assert (arg.num_iovas, arg.out_iova_alignment) == (2, PAGE)
-    assert [(entry.start, entry.last) for entry in array] == [WITHOUT_MSI[0], (0, 0)]
+    with arena(1) as memory:
+        arg = IOMMU_IOAS_IOVA_RANGES.make(ioas_id=attached, num_iovas=1, allowed_iovas=memory.address)
+        with fails(errno.EMSGSIZE):
+            IOMMU_IOAS_IOVA_RANGES.raw(iommu, arg)
+        assert (arg.num_iovas, arg.out_iova_alignment) == (2, PAGE)
+        assert list(struct.iter_unpack("<QQ", memory.read(memory.address, 32))) == [WITHOUT_MSI[0], (0, 0)]
 
 
 # ------------------------------------------------------------------------------------------------- what MAP refuses
