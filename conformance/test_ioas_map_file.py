@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -113,8 +114,6 @@ def test_range_may_end_at_2_to_the_64(iommu: File, ioas: int, fd: int) -> None:
 
 @pytest.mark.parametrize("kind", ["pipe", "directory", "null", "read_only", "socket"])
 def test_any_kind_of_file_is_accepted(iommu: File, ioas: int, kind: str) -> None:
-    import socket
-
     fds: list[int] = []
     if kind == "pipe":
         fds += os.pipe()

@@ -18,6 +18,8 @@ import struct as binary
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,11 +111,10 @@ def compiler() -> str:
 
 
 def _elf(data: Any) -> ELFFile:
-    try:
-        from elftools.elf.elffile import ELFFile
-    except ImportError:
-        raise HeaderError("reading headers needs pyelftools: pip install 'iommulab[headers]'.") from None
-    return ELFFile(data)
+    if find_spec("elftools") is None:
+        raise HeaderError("reading headers needs pyelftools: pip install 'iommulab[headers]'.")
+    elf: ELFFile = import_module("elftools.elf.elffile").ELFFile(data)
+    return elf
 
 
 class _Reader:
