@@ -9,22 +9,29 @@ of the model's own process, by `process_vm_readv/writev` elsewhere, and with `Bu
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from bisect import bisect_right
 
 from fakedev.memory import BusAbort
 from kernel_model.errors import KernelError
-from kernel_model.process import Mm
-from uapi.buffers import AnonymousBuffer
+from kernel_model.process import PAGE_SIZE, Mm
+from uapi.buffers import HUGE_PAGE, AnonymousBuffer
 
 
 class ClientBuffer(AnonymousBuffer):
     """A buffer whose memory outlives `close()` for as long as it is pinned."""
 
     def __init__(self, owner: ClientMemory, length: int, huge: bool) -> None:
-        super().__init__(length, huge=huge)
-        self.end = self.address + length
+        # Huge pages of the host are not needed for `huge`: to the model they differ from ordinary memory at a 2 MiB
+        # boundary in nothing, because its pages are contiguous anyway.
+        super().__init__(max(length, HUGE_PAGE) if huge else length)
+        pages = (length + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
+        self.end = self.address + pages
         self.pins = 0
-        self.direct = self.view
+        skip = self.address - ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        #: The buffer's whole pages, for the model.
+        self.direct = memoryview(self._map)[skip : skip + pages]
         self._owner = owner
         self._closed = False
 
@@ -40,7 +47,8 @@ class ClientBuffer(AnonymousBuffer):
             self._owner.closed(self)
 
     def free(self) -> None:
-        """Give the memory back to the host."""
+        """Give the memory back to the host. BufferError: somebody still has a view of it; then it goes with that."""
+        self.direct.release()
         super().close()
 
 
@@ -83,7 +91,8 @@ class ClientMemory:
         if found is not None and found.pins:
             found.pins -= 1
             if found.pins == 0 and found._closed:
-                self._free(found)
+                with contextlib.suppress(BufferError):  # not what this call is about
+                    self._free(found)
 
     def closed(self, buffer: ClientBuffer) -> None:
         if buffer.pins == 0:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelError
 from kernel_model.file import FileDescription, MappedRegion, SystemCall
-from kernel_model.process import PAGE_SIZE, HostCredentials, Process
-from uapi.backend import MAP_SHARED, PROT_READ, PROT_WRITE, Argument, File, Readable
+from kernel_model.process import PAGE_SIZE, TASK_SIZE, HostCredentials, Process
+from uapi.backend import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, Argument, File, Readable
 from uapi.client import ClientBase
 from uapi.linux import address_of
 
@@ -167,7 +167,12 @@ class ModelFile:
     def _read(self, count: int, offset: int | None) -> bytes:
         kernel = self._kernel
         with kernel.entered():
-            return kernel.description(self._fd).read(SystemCall(kernel, kernel.process), count, offset)
+            if count < 0:
+                raise KernelError(errno.EINVAL, f"a count of {count}")
+            description = kernel.description(self._fd)
+            if description.access == os.O_WRONLY:
+                raise KernelError(errno.EBADF, "the file is not open for reading")
+            return description.read(SystemCall(kernel, kernel.process), count, offset)
 
     def write(self, data: Readable) -> int:
         return self._write(data, None)
@@ -178,19 +183,45 @@ class ModelFile:
     def _write(self, data: Readable, offset: int | None) -> int:
         kernel = self._kernel
         with kernel.entered():
-            return kernel.description(self._fd).write(SystemCall(kernel, kernel.process), data, offset)
+            description = kernel.description(self._fd)
+            if description.access == os.O_RDONLY:
+                raise KernelError(errno.EBADF, "the file is not open for writing")
+            return description.write(SystemCall(kernel, kernel.process), data, offset)
 
     def mmap(
         self, length: int, offset: int = 0, prot: int = PROT_READ | PROT_WRITE, flags: int = MAP_SHARED
     ) -> ModelMapping:
+        """mmap(2) at an address of the kernel's choice, after do_mmap() of mm/mmap.c.
+
+        In order: EINVAL misaligned offset; EBADF; EINVAL length 0; ENOMEM longer than the address space; EOVERFLOW the
+        offset wraps; EINVAL neither shared nor private; EACCES access that the file was not opened for; then the
+        file's own errnos.
+        """
         kernel = self._kernel
         with kernel.entered():
-            if length <= 0 or offset % PAGE_SIZE:
-                raise KernelError(errno.EINVAL, f"mmap of {length} bytes at offset {offset:#x}")
+            if offset % PAGE_SIZE:
+                raise KernelError(errno.EINVAL, f"mmap at offset {offset:#x}")
             description = kernel.description(self._fd)
             pages = (length + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
+            if not length:
+                raise KernelError(errno.EINVAL, "mmap of no bytes")
+            if not 0 < pages <= TASK_SIZE:
+                raise KernelError(errno.ENOMEM, f"mmap of {length:#x} bytes")
+            offset &= 0xFFFFFFFFFFFFFFFF
+            if offset + pages >= 1 << 64:
+                raise KernelError(errno.EOVERFLOW, f"mmap of {length:#x} bytes at offset {offset:#x}")
+            kind = flags & 0xF
+            if kind not in (MAP_SHARED, MAP_PRIVATE, MAP_SHARED | MAP_PRIVATE):
+                raise KernelError(errno.EINVAL, f"mmap flags {flags:#x}")
+            shared_write = kind != MAP_PRIVATE and prot & PROT_WRITE
+            if description.access == os.O_WRONLY or (shared_write and description.access == os.O_RDONLY):
+                raise KernelError(errno.EACCES, "the file is not open for that access")
             region = description.mmap(SystemCall(kernel, kernel.process), pages, offset, prot, flags)
-            return ModelMapping(kernel, region, pages, prot)
+            try:
+                return ModelMapping(kernel, region, pages, prot)
+            except OSError as error:
+                region.unmapped()
+                raise KernelError(errno.ENOMEM, "no room for the mapping") from error
 
     def poll(self, events: int, timeout: float = 0) -> int:
         """The ready events. Nothing happens in the model between calls, so an unready file stays so for `timeout`."""
@@ -205,8 +236,9 @@ class ModelFile:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-            with self._kernel.entered():
-                pass  # the last close takes effect now, as close(2) returns
+            if self._kernel.alive:  # a forked child may close its copy
+                with self._kernel.entered():
+                    pass  # the last close takes effect now, as close(2) returns
 
     def __enter__(self) -> ModelFile:
         return self
@@ -264,7 +296,11 @@ class ModelClient(ClientBase):
         self._kernel = kernel
         parent = kernel.process.credentials
         host = isinstance(parent, HostCredentials)
-        self._process = kernel.add_process(self.pid, HostCredentials(self.pid) if host else parent.copy())
+        try:
+            self._process = kernel.add_process(self.pid, HostCredentials(self.pid) if host else parent.copy())
+        except OSError:
+            super().exit()
+            raise
 
     def open(self, path: str, flags: int = os.O_RDWR | os.O_CLOEXEC) -> ModelRemoteFile:
         kernel = self._kernel

@@ -12,6 +12,7 @@ checked.
 from __future__ import annotations
 
 import errno
+import os
 from struct import Struct
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _u32 = Struct("<I").unpack_from
 _NO_BLOCK = memoryview(b"")
+_ZEROES = bytes(1 << 20)
 POLLIN, POLLOUT, POLLERR, POLLHUP, POLLRDNORM, POLLWRNORM = 0x1, 0x4, 0x8, 0x10, 0x40, 0x100
 
 
@@ -76,7 +78,7 @@ class SystemCall:
         inside = min(max(self._end - address, 0), length) if self._base <= address else 0
         if inside:
             start = address - self._base
-            if any(self._block[start : start + inside]):
+            if self._block[start : start + inside] != bytes(inside):
                 raise KernelError(errno.E2BIG, "a byte beyond the kernel's struct is not zero")
             address += inside
             length -= inside
@@ -84,7 +86,7 @@ class SystemCall:
         while length:
             chunk = min(length, step - address % min(step, 4096))
             data = mm.read_some(address, chunk)
-            if any(data):
+            if data != _ZEROES[: len(data)]:
                 raise KernelError(errno.E2BIG, "a byte beyond the kernel's struct is not zero")
             if len(data) < chunk:
                 if chunk > 4096:
@@ -114,6 +116,8 @@ class FileDescription:
 
     #: What `File.path` and /proc/PID/fd show.
     path = "anon_inode:[unknown]"
+    #: O_RDONLY, O_WRONLY or O_RDWR: what read(2), write(2) and mmap(2) may do.
+    access = os.O_RDWR
 
     def ioctl(self, call: SystemCall, request: int, arg: int) -> int:
         raise KernelError(errno.ENOTTY, f"{self.path} has no ioctls")

@@ -93,6 +93,8 @@ class Kernel:
         self.watched_mappings: list[ModelMapping] = []
         self._users: dict[int, User] = {}
         self._free_mms = list(range(_ADDRESS_SPACES, 0, -1))
+        #: Address spaces of exited processes: a window is used again when nothing is pinned in it any more.
+        self._retired_mms: list[Mm] = []
         self._processes: dict[int, Process] = {}
         #: By (inode, device), in the order of a stat result.
         self._descriptors: dict[tuple[int, ...], Descriptor] = {}
@@ -165,6 +167,11 @@ class Kernel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def alive(self) -> bool:
+        """Whether calls are served: neither closed, nor a copy in a forked child."""
+        return not self._dead
+
     def failure_notes(self) -> list[str]:
         """What the hardware has to say about the last faulting DMAs, for a failing test's report."""
         return list(self.machine.last_faults)
@@ -184,7 +191,12 @@ class Kernel:
         if self._depth == 1:
             events = self._poll(0)
             if events or self.watched_mappings or self.queue:
-                self.notice(events)
+                try:
+                    self.notice(events)
+                except BaseException:
+                    self._depth = 0
+                    self._lock.release()
+                    raise
 
     def enter_by(self, fd: int) -> FileDescription:
         """`enter()` and `description(fd)` in one, for the path that every ioctl of this process takes."""
@@ -202,10 +214,12 @@ class Kernel:
 
     def leave(self) -> None:
         """The end of `entered()`."""
-        if self.queue and self._depth == 1:
-            self.drain()
-        self._depth -= 1
-        self._lock.release()
+        try:
+            if self.queue and self._depth == 1:
+                self.drain()
+        finally:
+            self._depth -= 1
+            self._lock.release()
 
     def defer(self, work: Callable[[], None]) -> None:
         """Run `work` before the current call returns."""
@@ -263,6 +277,9 @@ class Kernel:
 
     def add_process(self, pid: int, credentials: Credentials) -> Process:
         """Make a process known as a client. EAGAIN: the model has room for 15 of them."""
+        for mm in [mm for mm in self._retired_mms if not mm.pins]:
+            self._retired_mms.remove(mm)
+            self._free_mms.append(mm.window // TASK_SIZE)
         if not self._free_mms:
             raise OSError(errno.EAGAIN, "the model has room for 15 client processes")
         mm = Mm(pid, self._free_mms.pop())
@@ -275,9 +292,11 @@ class Kernel:
         """A client is gone: its descriptors have closed, its memory no longer answers."""
         if self._processes.pop(process.pid, None) is not None:
             process.mm.exited()
+            if self._dead:
+                return
             with self.entered():
                 self.memory.remove_window(process.mm.window)
-                self._free_mms.append(process.mm.window // TASK_SIZE)
+                self._retired_mms.append(process.mm)
 
     def disown(self, reason: str) -> None:
         """Refuse every further call: this copy of the model is in a forked child."""

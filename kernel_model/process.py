@@ -90,6 +90,8 @@ class Mm:
         #: Pages charged to VmPin and VmLck by this kernel.
         self.pinned_vm = 0
         self.locked_vm = 0
+        #: Pins that lead into the window, by mapping: while there are any, no other address space may have it.
+        self.pins = 0
         #: Client buffers whose lifetime the model controls; set for the model's own process only.
         self.buffers: ClientMemory | None = None
         self._local = _IoVec()
@@ -140,7 +142,11 @@ class Mm:
             except OSError:
                 self._query_works = False  # kernels before 6.11
         found = []
-        with open(f"/proc/{self.pid}/maps", encoding="utf-8", errors="replace") as maps:
+        try:
+            maps = open(f"/proc/{self.pid}/maps", encoding="utf-8", errors="replace")  # noqa: SIM115
+        except OSError:
+            return []  # the process has gone
+        with maps:
             for line in maps:
                 span, perms, offset, device, inode, *_ = line.split(None, 5)
                 low, high = (int(part, 16) for part in span.split("-"))

@@ -95,7 +95,15 @@ class FileSystem:
     ) -> None:
         """A sysfs attribute."""
         mode = (0o444 if show is not None else 0) | (0o200 if store is not None else 0)
-        self.add_node(path, lambda call, flags: SysfsFile(path, show, store), mode)
+
+        def open_attribute(call: SystemCall, flags: int) -> FileDescription:
+            """kernfs_fop_open(): EACCES, root or not, for an access that the attribute does not have."""
+            access = flags & os.O_ACCMODE
+            if (show is None and access != os.O_WRONLY) or (store is None and access != os.O_RDONLY):
+                raise KernelError(errno.EACCES, f"{path} has mode {mode:#o}")
+            return SysfsFile(path, show, store)
+
+        self.add_node(path, open_attribute, mode)
 
     def add_link(self, path: str, target: str) -> None:
         self._parent(path)[_name(path)] = Link(target)
@@ -113,7 +121,9 @@ class FileSystem:
             raise KernelError(errno.EISDIR, f"{path} is a directory")
         assert isinstance(node, Special)
         node.check_open(call, flags, path)
-        return node.open(call, flags)
+        description = node.open(call, flags)
+        description.access = flags & os.O_ACCMODE
+        return description
 
     def listdir(self, path: str) -> list[str]:
         node = self._walk(path)

@@ -21,7 +21,8 @@ class AnonymousBuffer:
             raise ValueError(f"a buffer of {length} bytes")
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_HUGETLB if huge else 0)
         slack = HUGE_PAGE if length >= HUGE_PAGE and not huge else 0
-        self._map = mmap.mmap(-1, length + slack, flags=flags)
+        page = HUGE_PAGE if huge else mmap.PAGESIZE
+        self._map = mmap.mmap(-1, (length + page - 1) // page * page + slack, flags=flags)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         skip = -base % HUGE_PAGE if slack else 0
         self.address = base + skip

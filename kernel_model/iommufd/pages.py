@@ -252,6 +252,9 @@ class UserPages(Pages):
             raise KernelError(
                 errno.EFAULT, f"{position:#x} cannot be pinned for {'writing' if self.writable else 'reading'}"
             )
+        if not self.process.is_self:
+            mm.pins += 1
+            self.hold(lambda: setattr(mm, "pins", mm.pins - 1))
         return _join(runs)
 
     def _physical(self, vma: Vma, address: int) -> int:
