@@ -12,6 +12,8 @@ Left out: paging-structure caches, associativity. When `capacity` 4 KiB slots ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fakedev.dma import Run
 
 #: Sizes of the pages that are cached as one entry, largest first, as log2.
@@ -19,13 +21,16 @@ _LARGE = (30, 21)
 
 
 class _Tagged:
-    """The entries of one tag: by 4 KiB page, and by large page."""
+    """The entries of one tag: 4 KiB pages, by the 2 MiB block that they lie in; and large pages."""
 
-    __slots__ = ("large", "pages")
+    __slots__ = ("blocks", "large")
 
     def __init__(self) -> None:
-        self.pages: dict[int, Run] = {}
+        self.blocks: dict[int, dict[int, Run]] = {}
         self.large: dict[int, dict[int, Run]] = {lg2: {} for lg2 in _LARGE}
+
+    def __len__(self) -> int:
+        return sum(map(len, self.blocks.values())) + sum(map(len, self.large.values()))
 
 
 class Tlb:
@@ -41,29 +46,31 @@ class Tlb:
 
     def __len__(self) -> int:
         """Live entries: 4 KiB pages and large pages."""
-        return sum(len(t.pages) + sum(map(len, t.large.values())) for t in self._tags.values())
+        return sum(map(len, self._tags.values()))
 
     def count(self, tag: int) -> int:
         """Live entries of one tag."""
-        found = self._tags.get(tag)
-        return 0 if found is None else len(found.pages) + sum(map(len, found.large.values()))
+        return len(self._tags.get(tag, ()))
 
     def lookup(self, tag: int, address: int) -> Run | None:
         """The entry that holds `address`."""
         tagged = self._tags.get(tag)
         if tagged is None:
             return None
-        run = tagged.pages.get(address >> 12)
-        if run is None:
-            for lg2, entries in tagged.large.items():
-                if entries:
-                    run = entries.get(address >> lg2)
-                    if run is not None:
-                        break
-        return run
+        block = tagged.blocks.get(address >> 21)
+        if block is not None:
+            run = block.get(address >> 12)
+            if run is not None:
+                return run
+        for lg2, entries in tagged.large.items():
+            if entries:
+                run = entries.get(address >> lg2)
+                if run is not None:
+                    return run
+        return None
 
     def insert(self, tag: int, run: Run, lg2: int) -> Run:
-        """Cache `run`: one large page of 1 << lg2 bytes, or (lg2 = 12) a run of 4 KiB pages; what has been cached.
+        """Cache `run`: one large page of 1 << lg2 bytes, or (lg2 = 12) 4 KiB pages of one block; what has been cached.
 
         A run is cut short in front of a page that is cached already, so that no page is in two runs.
         """
@@ -74,37 +81,40 @@ class Tlb:
         if lg2 > 12:
             tagged.large[lg2][start >> lg2] = run
             self.slots += 1
-        elif end - start == 4096:
-            tagged.pages[start >> 12] = run
-            self.slots += 1
         else:
-            pages = tagged.pages
-            for number in range((start >> 12) + 1, end >> 12):
-                if number in pages:
-                    end = number << 12
-                    run = (start, end, delta, allowed)
-                    break
-            pages.update(dict.fromkeys(range(start >> 12, end >> 12), run))
-            self.slots += end - start >> 12
+            pages = tagged.blocks.setdefault(start >> 21, {})
+            first = start >> 12
+            if end - start == 4096:
+                pages[first] = run
+                self.slots += 1
+            else:
+                for number in range(first + 1, end >> 12):
+                    if number in pages:
+                        end = number << 12
+                        run = (start, end, delta, allowed)
+                        break
+                pages.update(dict.fromkeys(range(first, end >> 12), run))
+                self.slots += end - start >> 12
         if self.slots > self.capacity:
             self.clear()
         return run
 
     def extend(self, tag: int, run: Run, end: int) -> Run:
-        """Join `run` with the cached runs of 4 KiB pages that continue it, as far as `end`; nothing new is cached."""
-        tagged = self._tags.get(tag)
+        """Join `run` with the cached runs of its block that continue it, as far as `end`; nothing new is cached."""
         start, stop, delta, allowed = run
-        if tagged is None or tagged.pages.get(start >> 12) is not run:
+        tagged = self._tags.get(tag)
+        pages = None if tagged is None else tagged.blocks.get(start >> 21)
+        if pages is None or pages.get(start >> 12) is not run:
             return run
         while stop < end:
-            more = tagged.pages.get(stop >> 12)
+            more = pages.get(stop >> 12)
             if more is None or more[2] != delta or more[3] != allowed:
                 break
             stop = more[1]
         if stop == run[1]:
             return run
         joined = (start, stop, delta, allowed)
-        tagged.pages.update(dict.fromkeys(range(start >> 12, stop >> 12), joined))
+        pages.update(dict.fromkeys(range(start >> 12, stop >> 12), joined))
         return joined
 
     def clear(self) -> None:
@@ -123,45 +133,39 @@ class Tlb:
         tagged = self._tags.get(tag)
         if tagged is None:
             return
-        pages = tagged.pages
-        if pages:
-            first, end = start >> 12, start + length + 4095 >> 12
-            if end - first == 1:
-                run = pages.pop(first, None)
-                if run is not None and run[1] - run[0] > 4096:
-                    self._split(pages, run, first, end)
-            else:
-                self._clear_pages(pages, first, end)
+        last = start + length - 1
+        blocks = tagged.blocks
+        if blocks:
+            for block in _between(blocks, start >> 21, last >> 21):
+                _clear_pages(blocks, block, start >> 12, (last >> 12) + 1)
         for lg2, entries in tagged.large.items():
             if entries:
-                low, high = start >> lg2, start + length - 1 >> lg2
-                if high - low < len(entries):
-                    for number in range(low, high + 1):
-                        entries.pop(number, None)
-                else:
-                    for number in [n for n in entries if low <= n <= high]:
-                        del entries[number]
+                for number in _between(entries, start >> lg2, last >> lg2):
+                    del entries[number]
 
-    def _clear_pages(self, pages: dict[int, Run], first: int, end: int) -> None:
-        if end - first <= len(pages):
-            hit = [n for n in range(first, end) if n in pages]
-        else:
-            hit = [n for n in pages if first <= n < end]
-        cut: set[Run] = set()
-        for number in hit:
-            run = pages.pop(number)
-            if run[0] >> 12 < first or run[1] >> 12 > end:
-                cut.add(run)
-        for run in cut:
-            self._split(pages, run, first, end)
 
-    @staticmethod
-    def _split(pages: dict[int, Run], run: Run, first: int, end: int) -> None:
-        """What is left of a run after its pages [first, end) have gone, as runs of its own."""
+def _between(entries: Mapping[int, object], low: int, high: int) -> list[int]:
+    """The keys of `entries` from low to high, without looking at more than there are."""
+    if high - low < len(entries):
+        return [number for number in range(low, high + 1) if number in entries]
+    return [number for number in entries if low <= number <= high]
+
+
+def _clear_pages(blocks: dict[int, dict[int, Run]], block: int, first: int, end: int) -> None:
+    """Remove the pages [first, end) from a block; of a run that is cut, the rest stays as runs of its own."""
+    if first <= block << 9 and end >= block + 1 << 9:
+        del blocks[block]
+        return
+    pages = blocks[block]
+    cut: set[Run] = set()
+    for number in _between(pages, first, end - 1):
+        run = pages.pop(number)
+        if run[0] >> 12 < first or run[1] >> 12 > end:
+            cut.add(run)
+    for run in cut:
         start, stop, delta, allowed = run
         for low, high in ((start, min(stop, first << 12)), (max(start, end << 12), stop)):
             if low < high:
-                rest = (low, high, delta, allowed)
-                for number in range(low >> 12, high >> 12):
-                    if pages.get(number) is run:
-                        pages[number] = rest
+                pages.update(dict.fromkeys(range(low >> 12, high >> 12), (low, high, delta, allowed)))
+    if not pages:
+        del blocks[block]

@@ -39,6 +39,7 @@ from fakedev.vtd.faults import FaultRecorder
 
 _ONES32 = 0xFFFF_FFFF
 _ONES64 = 0xFFFF_FFFF_FFFF_FFFF
+_STATUS_ADDRESS = (1 << ADDRESS_BITS) - 4
 
 
 class _Context:
@@ -222,10 +223,15 @@ class VtdUnit:
             self._recorder.set_error(regs.FSTS_IQE)
             return
         memory = self.memory
+        words = memory.words
+        in_ram = base + size <= memory.ram_size
         while head != tail:
             try:
-                low, high = load_word(memory, base + head), load_word(memory, base + head + 8)
-                done = self._execute(low, high)
+                at = base + head
+                if in_ram:
+                    done = self._execute(words[at >> 3], words[(at >> 3) + 1])
+                else:
+                    done = self._execute(load_word(memory, at), load_word(memory, at + 8))
             except BusAbort:
                 done = False
             if not done:
@@ -252,7 +258,7 @@ class VtdUnit:
                 return False
             if low & qi.WAIT_SW:
                 data = low >> qi.WAIT_DATA_SHIFT
-                self.memory.write(high & (1 << ADDRESS_BITS) - 4, data.to_bytes(4, "little"))
+                self.memory.write(high & _STATUS_ADDRESS, data.to_bytes(4, "little"))
             if low & qi.WAIT_IF:
                 self._completed()
             return True
