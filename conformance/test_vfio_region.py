@@ -294,6 +294,7 @@ def test_bar_access_of_8_bytes_is_one(device: VfioDevice) -> None:
     assert device.file.pread(8, REG_ID) == b"\xff" * 8
     # At 4 mod 8 it is two of four bytes.
     device.write(0, REG_LIVENESS, 4, 0)
+    device.write(0, REG_FACTORIAL, 4, 0)
     assert device.file.pread(8, REG_LIVENESS) == b"\xff" * 4 + device.file.pread(4, REG_FACTORIAL)
 
 
