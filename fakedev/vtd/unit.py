@@ -92,7 +92,6 @@ class VtdUnit:
         self._iqh, self._iqt, self._iqa = at["IQH"], at["IQT"], at["IQA"]
         self._recorder = FaultRecorder(self.registers, caps.fault_records, caps.fault_offset, send_interrupt)
         self.read = self.registers.read
-        self.write = self.registers.write
 
     def _declare(self, version: int) -> list[Register]:
         caps = self.caps
@@ -126,6 +125,14 @@ class VtdUnit:
             found.append(Register(f"FRCD{n}_LO", offset, 8))
             found.append(Register(f"FRCD{n}_HI", offset + 8, 8, clears=regs.FRCD_F, action=self._record_cleared))
         return found
+
+    def write(self, offset: int, width: int, value: int) -> None:
+        """A store to a register."""
+        if offset == regs.IQT and width == 4:  # what a driver writes all the time
+            self._iqt.value = value & 0x7FFF0
+            self._run_queue()
+        else:
+            self.registers.write(offset, width, value)
 
     def reset(self) -> None:
         """Power-on: registers, caches, translation off."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -123,6 +124,13 @@ class IommuDriver(ABC):
     #: The static domains of the driver.
     blocked_domain: Domain | None = None
     identity_domain: Domain | None = None
+
+    #: Its directory in /sys/class/iommu.
+    sysfs_name = ""
+
+    def sysfs_attributes(self) -> dict[str, Callable[[], str]]:
+        """What sysfs shows of it: path below its directory to text, without the newline."""
+        return {}
 
     @abstractmethod
     def probe_device(self, device: Device, rid: int) -> None:

@@ -24,6 +24,7 @@ from kernel_model.iommu.core import (
 )
 from kernel_model.iommu.intel.dmar import IntelUnit
 from kernel_model.iommu.intel.iommu import IntelIommu
+from kernel_model.iommu.sysfs import publish
 
 if TYPE_CHECKING:
     from kernel_model.kernel import Kernel
@@ -39,7 +40,7 @@ def _probe_intel(kernel: Kernel) -> dict[int, IommuDriver]:
     for number, (base, rids) in enumerate(kernel.machine.vtd_units):
         unit = IntelUnit(kernel.machine, kernel.pages, base)
         unit.start(kernel.interrupts, _FIRST_FAULT_VECTOR + number)
-        driver = IntelIommu(unit)
+        driver = IntelIommu(unit, number)
         found.update(dict.fromkeys(rids, driver))
     return found
 
@@ -73,6 +74,7 @@ def attach_drivers(kernel: Kernel) -> list[Device]:
         device.require_direct = any(region.type == IOMMU_RESV_DIRECT for region in get_resv_regions(device))
     for group in groups:
         _setup_default_domain(group)
+    publish(kernel.files, devices)
     return devices
 
 

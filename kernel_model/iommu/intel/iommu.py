@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Callable
 
 from fakedev.memory import ADDRESS_BITS
 from fakedev.pgtable.vtd_ss import SS_SNP, VtdSecondStage
@@ -242,12 +243,24 @@ class IntelIommu(IommuDriver):
     name = "intel-iommu"
     has_nested = True
 
-    def __init__(self, unit: IntelUnit) -> None:
+    def __init__(self, unit: IntelUnit, number: int = 0) -> None:
         self.unit = unit
+        self.sysfs_name = f"dmar{number}"
         self.pages = unit.pages
         self.memory = unit.memory
         self.blocked_domain = BlockedDomain(self)
         self.identity_domain = IdentityDomain(self)
+
+    def sysfs_attributes(self) -> dict[str, Callable[[], str]]:
+        unit = self.unit
+        return {
+            "intel-iommu/version": lambda: f"{unit.version >> 4 & 0xF}:{unit.version & 0xF}",
+            "intel-iommu/address": lambda: f"{unit.base:x}",
+            "intel-iommu/cap": lambda: f"{unit.caps.cap:x}",
+            "intel-iommu/ecap": lambda: f"{unit.caps.ecap:x}",
+            "intel-iommu/domains_supported": lambda: str(unit.caps.ndoms),
+            "intel-iommu/domains_used": lambda: str(len(unit.domain_ids)),
+        }
 
     def probe_device(self, device: Device, rid: int) -> None:
         device.priv = DeviceInfo(device, self.unit, rid)

@@ -1,6 +1,7 @@
 """The VT-d driver on the fake unit: what it says, what it writes, and that nothing stale is left."""
 
 import errno
+import os
 import struct
 import types
 
@@ -15,6 +16,7 @@ from kernel_model.iommu.intel.iommu import second_stage_width
 from kernel_model.iommu.registry import attach_drivers, groups_of
 from kernel_model.irq import Interrupts
 from kernel_model.page_alloc import PageAllocator
+from kernel_model.vfs import FileSystem
 
 K4, M2, G1 = 1 << 12, 1 << 21, 1 << 30
 PA = 0x4000_0000
@@ -26,7 +28,10 @@ class World:
     def __init__(self, box):
         self.box = box
         self.pages = PageAllocator(box.memory)
-        kernel = types.SimpleNamespace(machine=box, pages=self.pages, interrupts=Interrupts(box.root))
+        kernel = types.SimpleNamespace(
+            machine=box, pages=self.pages, interrupts=Interrupts(box.root), files=FileSystem()
+        )
+        self.files = kernel.files
         self.devices = {device.name: device for device in attach_drivers(kernel)}
         self.device = self.devices["0000:00:10.0"]
         self.dma = self.device.pci.dma
@@ -78,6 +83,25 @@ def test_groups_are_those_of_the_vm(world):
 def test_the_msi_window_is_the_only_reserved_region(world):
     regions = core.get_group_resv_regions(world.device.group)
     assert [(r.start, r.last, r.type) for r in regions] == [(0xFEE00000, 0xFEEFFFFF, core.IOMMU_RESV_MSI)]
+
+
+def test_sysfs_shows_what_it_shows_in_the_vm(world):
+    here = "/sys/class/iommu/dmar0"
+    assert world.files.listdir("/sys/class/iommu") == ["dmar0"]
+    shown = {
+        name: world.files.open(None, f"{here}/intel-iommu/{name}", os.O_RDONLY).read(None, 99, 0)
+        for name in world.files.listdir(f"{here}/intel-iommu")
+    }
+    assert shown == {
+        "address": b"fed90000\n",
+        "cap": b"d2008c222f0686\n",
+        "domains_supported": b"65536\n",
+        "domains_used": b"11\n",
+        "ecap": b"f00f4a\n",
+        "version": b"1:0\n",
+    }
+    assert len(world.files.listdir(f"{here}/devices")) == 13
+    assert world.files.readlink("/sys/devices/pci0000:00/0000:00:10.0/iommu") == "../../virtual/iommu/dmar0"
 
 
 def test_hw_info_is_the_two_capability_registers(world):
