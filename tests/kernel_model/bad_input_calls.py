@@ -36,6 +36,9 @@ _DEEP_VFIO = [BY_NAME[name] for name in (
     "VFIO_DEVICE_SET_IRQS", "VFIO_DEVICE_RESET", "VFIO_DEVICE_FEATURE", "VFIO_DEVICE_GET_REGION_INFO",
 )]  # fmt: skip
 
+_WITH_DATA = ("VFIO_DEVICE_SET_IRQS", "VFIO_DEVICE_FEATURE", "VFIO_DEVICE_PCI_HOT_RESET", "VFIO_DEVICE_GET_INFO",
+              "VFIO_DEVICE_GET_REGION_INFO")  # fmt: skip
+
 _LENGTHS = [0, 1, 8, 100, PAGE - 1, PAGE, PAGE, PAGE, 2 * PAGE, 3 * PAGE, 5 * PAGE, 16 * PAGE, PAGE + 1, 2 << 20,
             4 << 20,
             1 << 30, 1 << 32, 1 << 46, 1 << 63, (1 << 63) - 1, U64, U64 - PAGE + 1, U64 - PAGE]  # fmt: skip
@@ -45,6 +48,14 @@ _IOVAS = [0, 1, PAGE - 1, 0xFEE00000, 0xFEDFF000, 0xFEEFF000, 1 << 32, (1 << 48)
 _INTS = [0, 1, 2, 3, 7, 8, 16, 63, 64, 255, 4095, 4096, 1 << 19, (1 << 19) + 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
 _BAD_POINTERS = [0, 1, 8, PAGE - 1, PAGE, (1 << 47) - PAGE, (1 << 47) - 1, 1 << 47, 0x8000_0000_0000_0000,
                  0xFFFF_8880_0000_0000, 0xFFFF_FFFF_FF60_0000, U64 - PAGE + 1, U64 - 7, U64]  # fmt: skip
+_FUNCTION, _DRIVER = "/sys/bus/pci/devices/0000:00:10.0", "/sys/bus/pci/drivers/vfio-pci"
+_ATTRIBUTES = [
+    f"{_FUNCTION}/driver_override",
+    "/sys/bus/pci/drivers_probe",
+    f"{_FUNCTION}/driver/unbind",
+    f"{_DRIVER}/bind",
+    f"{_FUNCTION}/config",
+]
 _ID_KINDS = {
     "dev_id": ["IommufdDevice"],
     "pt_id": ["Ioas", "Ioas", "HwptPaging"],
@@ -63,11 +74,31 @@ class Generator:
         self.rng = random.Random(seed)
         self.bad = 0.0
         self.ids: dict[str, list[int]] = {}
+        self.first = self._prologue() if self.rng.random() < 0.8 else []
+
+    def _prologue(self) -> list[list[Any]]:
+        """Calls without a fault, most times: a bound and attached device reaches further than chance does."""
+
+        def ioctl(slot: int, name: str, **fields: Any) -> list[Any]:
+            fields[BY_NAME[name].size_field or ""] = BY_NAME[name].size
+            return ["ioctl", slot, name, BY_NAME[name].number, fields, [], [], ["object"]]
+
+        calls = [
+            ["open", 0, "/dev/iommu", 2],
+            *[ioctl(0, "IOMMU_IOAS_ALLOC")] * self.rng.choice([1, 2, 3]),
+            ["open_node", 1, 0, 2, True],
+            ioctl(1, "VFIO_DEVICE_BIND_IOMMUFD", iommufd=["slot", 0]),
+            ["mmap", 1, 1 << 20, 0, 3, 1],
+            ioctl(1, "VFIO_DEVICE_ATTACH_IOMMUFD_PT", pt_id=1),
+        ]
+        return calls[: self.rng.choice([2, 4, len(calls), len(calls)])]
 
     def call(self, ids: list[dict[str, list[int]]], kinds: list[str]) -> list[Any]:
         """One call. `kinds` says what is open in each slot ("iommu", "vfio", "queue", "sysfs" or ""), `ids` which
         objects, by class, its context has."""
         rng = self.rng
+        if self.first:
+            return self.first.pop(0)
         self.bad = rng.choice([0.0, 0.0, 0.0, 0.02, 0.02, 0.1, 0.5])
         open_slots = [slot for slot, kind in enumerate(kinds) if kind]
         roll = rng.random()
@@ -79,8 +110,8 @@ class Generator:
         self.ids = ids[slot]
         if roll < 0.72:
             return self._ioctl(slot, kinds[slot])
-        if roll < 0.75:
-            return self._open(rng.randrange(SLOTS))
+        if roll < 0.74:
+            return self._open(rng.randrange(2, SLOTS))
         if roll < 0.80:
             return self._io(slot)
         name = rng.choice(_OTHERS)
@@ -106,6 +137,10 @@ class Generator:
         elif roll < 0.38:
             table = rng.choice([VFIO, IOMMUFD, MOCK])
         ioctl = rng.choice(table)
+        if kind == "iommu" and not self.ids.get("Ioas") and rng.random() < 0.6:
+            ioctl = BY_NAME["IOMMU_IOAS_ALLOC"]
+        if kind == "vfio" and not self.ids and rng.random() < 0.6:
+            ioctl = BY_NAME["VFIO_DEVICE_BIND_IOMMUFD"]
         number = ioctl.number
         if rng.random() < 0.02:
             number ^= 1 << rng.randrange(32)
@@ -117,7 +152,7 @@ class Generator:
         pokes = [[rng.randrange(ioctl.size + 8), rng.getrandbits(8)] for _ in range(rng.choice([1, 1, 4]))] \
             if rng.random() < self.bad else []  # fmt: skip
         tail: list[Any] = []
-        if ioctl.name.startswith("VFIO") and rng.random() < 0.7:
+        if ioctl.name in _WITH_DATA and rng.random() < 0.9:
             tail = [self._word() for _ in range(rng.choice([1, 1, 2, 4]))]
         elif rng.random() < self.bad:
             tail = [rng.choice([0, 0, 0, 1])] * rng.choice([1, 2, 1024])
@@ -141,7 +176,7 @@ class Generator:
             return rng.getrandbits(bits)
         if name == ioctl.size_field:
             if rng.random() >= bad:
-                return ioctl.size + (8 if ioctl.name.startswith("VFIO") else 0)
+                return ioctl.size + (8 if ioctl.name in _WITH_DATA else 0)
             return rng.choice([0, 3, ioctl.min_size - 1, ioctl.min_size, ioctl.size, ioctl.size + 8, 4096, 0xFFFFFFFF])
         if "reserved" in name or name in ("pad", "pasid", "token_uuid_ptr", "out_hwpt_id"):
             return rng.choice(_INTS) if rng.random() < bad else 0
@@ -228,13 +263,20 @@ class Generator:
         ])  # fmt: skip
 
     def _close(self, slot: int) -> list[Any]:
-        return [slot]
+        return [slot if slot > 1 or self.rng.random() < 0.1 else self.rng.randrange(2, SLOTS)]
+
+    def _store(self, slot: int) -> list[Any]:
+        rng = self.rng
+        return [
+            rng.choice(_ATTRIBUTES),
+            rng.choice(["0000:00:10.0", "0000:00:10.0", "vfio-pci", "", "\n", "0000:00:1f.0"]),
+        ]
 
     def _dup(self, slot: int) -> list[Any]:
-        return [slot, self.rng.random() < 0.5]
+        return [slot, slot > 1 and self.rng.random() < 0.5]
 
     def _os_close(self, slot: int) -> list[Any]:
-        return [slot]
+        return self._close(slot)
 
     def _map_io(self, slot: int) -> list[Any]:
         rng = self.rng
@@ -292,6 +334,6 @@ class Generator:
 
 
 _OTHERS = (
-    ["close"] * 3 + ["dup"] * 2 + ["os_close"] + ["map_io"] * 3 + ["map_raw"] + ["map_close"] + ["dma"] * 4
+    ["close", "dup", "dup", "os_close", "store"] + ["map_io"] * 3 + ["map_raw"] + ["map_close"] + ["dma"] * 4
     + ["buffer"] * 2 + ["buffer_close"] * 2 + ["memfd", "truncate", "page", "page", "poke", "poke"] + ["client"]
 )  # fmt: skip

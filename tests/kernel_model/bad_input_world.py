@@ -17,7 +17,9 @@ from typing import Any
 
 from bad_input_calls import ARENA_PAGES, BY_NAME, PAGE, SLOTS, U64
 
+from conformance.drivers import vfio
 from kernel_model.door import ModelFile, ModelMapping
+from kernel_model.errors import KernelError
 from kernel_model.iommufd.ctx import Context
 from kernel_model.iommufd.ioas import Ioas
 from kernel_model.iommufd.pages import Pages
@@ -86,6 +88,8 @@ class World:
     def __init__(self, machine: str) -> None:
         self.descriptors = open_descriptors()
         self.kernel = Kernel(machine)
+        if "0000:00:10.0" in self.kernel.devices:
+            vfio.take(self.kernel, "0000:00:10.0")
         self.nodes = sorted(_paths(self.kernel.files.root, ""))
         self.idle = self.snapshot()
         self.files: list[ModelFile | None] = [None] * SLOTS
@@ -97,7 +101,7 @@ class World:
         self.memfds = [-1, -1, -1]
         self.client: Any = None
         self.remote: list[Any] = []
-        self.file = tempfile.TemporaryFile()
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
         self.file.truncate(4 * PAGE)
         self.memory = Memory(self.file.fileno())
         for page in range(ARENA_PAGES):
@@ -109,6 +113,20 @@ class World:
         self.sealed = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
         os.ftruncate(self.sealed, 4 * PAGE)
         fcntl.fcntl(self.sealed, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+
+        mm = self.kernel.process.mm
+        self._write = mm.write
+        mm.write = self._fenced_write  # type: ignore[method-assign]
+
+    def _fenced_write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """What is not the client's is Python's own memory, which a wild pointer must not reach: it is not there."""
+        end = address + len(data)
+        own = [(self.memory.base, self.memory.base + Memory.SIZE)]
+        own += [(one._address, one._address + one.length) for one in self.maps if one is not None]
+        own += [(one.address, one.end) for one in self.kernel._buffers._buffers]
+        if data and end < 1 << 47 and not any(first <= address and end <= last for first, last in own):
+            raise KernelError(errno.EFAULT, f"{address:#x} is not the client's")
+        self._write(address, data)
 
     # -- what is there -----------------------------------------------------------------------------------------------
 
@@ -206,7 +224,10 @@ class World:
         return path
 
     def do_raw(self, slot: int, number: int, arg: Any) -> int:
-        return self._file(slot).ioctl(number, self.number(arg))
+        address = self.number(arg) & U64
+        result = self._file(slot).ioctl(number, address)
+        self._keep_descriptor(number, address)
+        return result
 
     def do_ioctl(self, slot: int, *rest: Any) -> str:
         return self._issue(self._file(slot), *rest)
@@ -231,14 +252,19 @@ class World:
             address = self.address(place)
             self._store(address, bytes(block))
             result = file.ioctl(number, address)
-            if number == IOMMU_FAULT_QUEUE_ALLOC.number:
-                block = bytearray(self.kernel.process.mm.read(address, 16))
-        if number == IOMMU_FAULT_QUEUE_ALLOC.number:
-            self.spare.append(int.from_bytes(block[12:16], "little"))
-            free = [slot for slot, old in enumerate(self.files) if old is None]
-            if free:
-                self.files[free[0]] = self.kernel.adopt(self.spare.pop())
+        self._keep_descriptor(number, address if place != ["object"] else block)
         return f"{result} {bytes(block[:48]).hex(' ', -4)}"
+
+    def _keep_descriptor(self, number: int, reply: int | bytearray) -> None:
+        """A fault queue is a descriptor: use it where a slot is free."""
+        if number != IOMMU_FAULT_QUEUE_ALLOC.number:
+            return
+        if isinstance(reply, int):
+            reply = bytearray(self.kernel.process.mm.read(reply, 16))
+        self.spare.append(int.from_bytes(reply[12:16], "little"))
+        free = [slot for slot, old in enumerate(self.files) if old is None]
+        if free:
+            self.files[free[0]] = self.kernel.adopt(self.spare.pop())
 
     def _own_socket(self, fd: int) -> bool:
         try:
@@ -312,6 +338,10 @@ class World:
         if file is not None:
             file.close()
 
+    def do_store(self, path: str, text: str) -> None:
+        with self.kernel.open(path, os.O_WRONLY) as file:
+            file.write(text.encode())
+
     def do_dup(self, slot: int, close: bool) -> None:
         self.spare.append(os.dup(self._file(slot).fileno()))
         if close:
@@ -379,7 +409,7 @@ class World:
         elif self.remote:
             remote = self.remote[slot % len(self.remote)]
             if arg[0] == "raw":
-                return remote.ioctl(arg[2], self.number(arg[3]))
+                return remote.ioctl(arg[2] if arg[2] != IOMMU_FAULT_QUEUE_ALLOC.number else 0, self.number(arg[3]))
             return self._issue(remote, *arg[2:-1], ["object"])
         return None
 
