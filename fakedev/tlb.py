@@ -41,7 +41,7 @@ class Tlb:
     def __init__(self, capacity: int = 1 << 20) -> None:
         self._tags: dict[int, _Tagged] = {}
         self.capacity = capacity
-        #: 4 KiB slots filled since the cache was last empty: an upper bound of what `__len__` counts.
+        #: Entries, kept so that the capacity can be tested cheaply.
         self.slots = 0
 
     def __len__(self) -> int:
@@ -79,14 +79,14 @@ class Tlb:
             tagged = self._tags[tag] = _Tagged()
         start, end, delta, allowed = run
         if lg2 > 12:
+            self.slots += start >> lg2 not in tagged.large[lg2]
             tagged.large[lg2][start >> lg2] = run
-            self.slots += 1
         else:
             pages = tagged.blocks.setdefault(start >> 21, {})
             first = start >> 12
             if end - start == 4096:
+                self.slots += first not in pages
                 pages[first] = run
-                self.slots += 1
             else:
                 for number in range(first + 1, end >> 12):
                     if number in pages:
@@ -124,9 +124,7 @@ class Tlb:
 
     def clear_tag(self, tag: int) -> None:
         """Invalidate all entries of a tag."""
-        self._tags.pop(tag, None)
-        if not self._tags:
-            self.slots = 0
+        self.slots -= len(self._tags.pop(tag, ()))
 
     def clear_range(self, tag: int, start: int, length: int) -> None:
         """Invalidate the pages of a tag in [start, start + length), and every large page that reaches into it."""
@@ -137,11 +135,12 @@ class Tlb:
         blocks = tagged.blocks
         if blocks:
             for block in _between(blocks, start >> 21, last >> 21):
-                _clear_pages(blocks, block, start >> 12, (last >> 12) + 1)
+                self.slots -= _clear_pages(blocks, block, start >> 12, (last >> 12) + 1)
         for lg2, entries in tagged.large.items():
             if entries:
                 for number in _between(entries, start >> lg2, last >> lg2):
                     del entries[number]
+                    self.slots -= 1
 
 
 def _between(entries: Mapping[int, object], low: int, high: int) -> list[int]:
@@ -151,14 +150,14 @@ def _between(entries: Mapping[int, object], low: int, high: int) -> list[int]:
     return [number for number in entries if low <= number <= high]
 
 
-def _clear_pages(blocks: dict[int, dict[int, Run]], block: int, first: int, end: int) -> None:
-    """Remove the pages [first, end) from a block; of a run that is cut, the rest stays as runs of its own."""
+def _clear_pages(blocks: dict[int, dict[int, Run]], block: int, first: int, end: int) -> int:
+    """Remove the pages [first, end) from a block, and say how many; what is left of a cut run stays, as its own run."""
     if first <= block << 9 and end >= block + 1 << 9:
-        del blocks[block]
-        return
+        return len(blocks.pop(block))
     pages = blocks[block]
     cut: set[Run] = set()
-    for number in _between(pages, first, end - 1):
+    named = _between(pages, first, end - 1)
+    for number in named:
         run = pages.pop(number)
         if run[0] >> 12 < first or run[1] >> 12 > end:
             cut.add(run)
@@ -169,3 +168,4 @@ def _clear_pages(blocks: dict[int, dict[int, Run]], block: int, first: int, end:
                 pages.update(dict.fromkeys(range(low >> 12, high >> 12), (low, high, delta, allowed)))
     if not pages:
         del blocks[block]
+    return len(named)

@@ -81,7 +81,7 @@ class VtdUnit:
         self.tlb = Tlb() if tlb is None else tlb
         #: Context entries by request id.
         self.contexts: dict[int, _Context] = {}
-        self._warm: list[DmaPort] = []
+        self._warm: set[DmaPort] = set()
         self._send = send_interrupt
         self._on_fault = on_fault
         self._translating = False
@@ -311,7 +311,7 @@ class VtdUnit:
         Of [address, address + length) as much is looked up as one table holds. Raises TranslationFault after the fault
         has been recorded.
         """
-        self._warm.append(port)
+        self._warm.add(port)
         if not self._translating:
             return IDENTITY
         rid = port.rid

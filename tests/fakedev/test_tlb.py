@@ -88,6 +88,7 @@ def test_pages_named_are_gone_and_all_others_stay(runs, cleared):
         for page in range(base, base + (1 << order)):
             expected.pop(page, None)
     found = {page for page in range(64) if tlb.lookup(1, page * PAGE)}
+    assert tlb.slots == len(tlb) == len(found)
     assert found == set(expected)
     for page in found:
         start, stop, _, _ = tlb.lookup(1, page * PAGE)

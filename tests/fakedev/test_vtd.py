@@ -350,7 +350,7 @@ def test_what_is_cached_stays_until_it_is_invalidated(bench):
     assert bench.dma.read(0x1000, 4) == b"new!"
 
 
-@pytest.mark.parametrize("descriptor", [(DID << 16 | DSI | 2, 0), (GLOBAL | 2, 0), (DID << 16 | PSI | 2, 0x0 | 3)])
+@pytest.mark.parametrize("descriptor", [(DID << 16 | DSI | 2, 0), (GLOBAL | 2, 0), (DID << 16 | PSI | 2, 0x5000 | 3)])
 def test_wider_invalidations_cover_the_page(bench, descriptor):
     bench.map(0x1000, PAGE)
     assert allowed(bench.dma, READ, 0x1000)

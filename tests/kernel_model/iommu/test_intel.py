@@ -9,7 +9,7 @@ import pytest
 from fakedev.dma import DmaAbort
 from fakedev.edu import Edu
 from fakedev.machine import VTD_LEGACY_CAP, VTD_LEGACY_ECAP, Machine, machine
-from kernel_model.errors import KernelError
+from kernel_model.errors import KernelBug, KernelError
 from kernel_model.iommu import core
 from kernel_model.iommu.intel.iommu import second_stage_width
 from kernel_model.iommu.registry import attach_drivers, groups_of
@@ -203,6 +203,36 @@ def test_replacing_the_domain_takes_effect_at_once(world):
     assert world.dma.read(0x1000, 4) == b"1111"
     core.replace_group_handle(world.device.group, second, core.AttachHandle())
     assert world.dma.read(0x1000, 4) == b"2222"
+
+
+@pytest.mark.parametrize("cap", [VTD_LEGACY_CAP, VTD_LEGACY_CAP & ~0x80])
+def test_a_domain_id_that_is_used_again_brings_no_old_translations(cap):
+    world = small_machine(cap=cap)
+    world.own()
+    first, second = world.domain(), world.domain()
+    for domain, text in ((first, b"1111"), (second, b"2222")):
+        pa = 0x1000000 * text[0]
+        world.box.memory.write(pa, text)
+        domain.map(0x1000, pa, K4, 3)
+    for domain, text in ((first, b"1111"), (second, b"2222")):
+        world.attach(domain)
+        assert domain.domain_id(world.device.iommu.unit) == 2
+        assert world.dma.read(0x1000, 4) == text
+        world.detach(domain)
+        assert world.box.tlb_entries == 0
+    world.box.close()
+
+
+def test_a_queue_that_stands_still_is_noticed(world):
+    world.own()
+    domain = world.domain()
+    world.attach(domain)
+    for _ in range(300):
+        domain.map(0x1000, PA, K4, 3)
+        domain.unmap(0x1000, K4)
+    world.box.mmio.write(0xFED90018, 4, 1 << 31)
+    with pytest.raises(KernelBug):
+        domain.map(0x1000, PA, K4, 3)
 
 
 def test_everything_is_given_back(world):
