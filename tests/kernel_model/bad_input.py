@@ -43,7 +43,7 @@ def run_program(machine: str, seed: int, calls: int, given: list[Any] | None, lo
     world = World(machine)
     generator = Generator(seed)
     for index in range(calls if given is None else len(given)):
-        call = generator.call(world.ids(), world.kinds()) if given is None else given[index]
+        call = generator.call(*world.contents()) if given is None else given[index]
         if log is not None:
             log.write(json.dumps(call) + "\n")
             log.flush()

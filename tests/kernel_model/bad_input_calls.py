@@ -36,6 +36,7 @@ _DEEP_VFIO = [BY_NAME[name] for name in (
     "VFIO_DEVICE_SET_IRQS", "VFIO_DEVICE_RESET", "VFIO_DEVICE_FEATURE", "VFIO_DEVICE_GET_REGION_INFO",
 )]  # fmt: skip
 
+_ON_AREAS = ("IOMMU_IOAS_UNMAP", "IOMMU_IOAS_COPY", "IOMMU_HWPT_GET_DIRTY_BITMAP", "IOMMU_IOAS_NOIOMMU_GET_PA")
 _WITH_DATA = ("VFIO_DEVICE_SET_IRQS", "VFIO_DEVICE_FEATURE", "VFIO_DEVICE_PCI_HOT_RESET", "VFIO_DEVICE_GET_INFO",
               "VFIO_DEVICE_GET_REGION_INFO")  # fmt: skip
 
@@ -74,6 +75,7 @@ class Generator:
         self.rng = random.Random(seed)
         self.bad = 0.0
         self.ids: dict[str, list[int]] = {}
+        self.areas: list[tuple[int, int]] = []
         self.first = self._prologue() if self.rng.random() < 0.8 else []
 
     def _prologue(self) -> list[list[Any]]:
@@ -93,9 +95,9 @@ class Generator:
         ]
         return calls[: self.rng.choice([2, 4, len(calls), len(calls)])]
 
-    def call(self, ids: list[dict[str, list[int]]], kinds: list[str]) -> list[Any]:
+    def call(self, kinds: list[str], ids: list[dict[str, list[int]]], areas: list[list[tuple[int, int]]]) -> list[Any]:
         """One call. `kinds` says what is open in each slot ("iommu", "vfio", "queue", "sysfs" or ""), `ids` which
-        objects, by class, its context has."""
+        objects, by class, its context has, and `areas` where they are mapped, with their lengths."""
         rng = self.rng
         if self.first:
             return self.first.pop(0)
@@ -108,6 +110,7 @@ class Generator:
             [slot for slot in open_slots if kinds[slot] in ("iommu", "vfio") or rng.random() < 0.2] or open_slots
         )
         self.ids = ids[slot]
+        self.areas = areas[slot][-1:] if rng.random() < 0.3 else rng.sample(areas[slot], min(1, len(areas[slot])))
         if roll < 0.72:
             return self._ioctl(slot, kinds[slot])
         if roll < 0.74:
@@ -170,7 +173,7 @@ class Generator:
         return self.fd() if self.rng.random() < 0.4 else self.rng.choice(_INTS)
 
     def field(self, ioctl: Ioctl[Any], name: str, ctype: Any) -> Any:
-        rng, bad = self.rng, self.bad
+        rng, bad, areas = self.rng, self.bad, self.areas
         bits = 8 * ctypes.sizeof(ctype)
         if rng.random() < bad * 0.3:
             return rng.getrandbits(bits)
@@ -192,6 +195,12 @@ class Generator:
             return self.fd()
         if name in ("user_va", "vaddr", "allowed_iovas", "data_uptr", "data") and bits == 64:
             return self.pointer()
+        if areas and name in ("iova", "src_iova", "length") and ioctl.name in _ON_AREAS and rng.random() >= bad + 0.2:
+            iova, length = areas[-1]
+            part = rng.choice([0, 0, 0, PAGE, 2 * PAGE]) if rng.random() < 0.3 else 0
+            if name == "length":
+                return max(length - part, 1)
+            return iova + (part if name == "src_iova" else 0)
         if name in ("length", "size", "data_len", "val64"):
             if name == "data_len" and ioctl.name != "IOMMU_GET_HW_INFO" and rng.random() >= bad:
                 return 0
@@ -203,13 +212,15 @@ class Generator:
         if name == "flags":
             if ioctl.name in ("IOMMU_IOAS_MAP", "IOMMU_IOAS_MAP_FILE", "IOMMU_IOAS_COPY"):
                 return rng.choice([7, 7, 7, 6, 6, 5, 4, 2, 3, 0]) if rng.random() >= bad else rng.getrandbits(32)
-            if ioctl.name.startswith(("VFIO_DEVICE_SET_IRQS", "VFIO_DEVICE_FEATURE", "VFIO_IOMMU")):
-                return rng.choice([0x21, 0x24, 0x22, 0x9, 0x11, 0x10000, 0x20000, 0x30000]) | rng.choice(
-                    [0, 0, 1, 2, 5, 10]
-                )
+            if ioctl.name == "VFIO_DEVICE_SET_IRQS" and rng.random() >= bad:
+                return rng.choice([0x24, 0x24, 0x24, 0x21, 0x22, 0x09, 0x0A, 0x0C, 0x11, 0x12, 0x14])
+            if ioctl.name == "VFIO_DEVICE_FEATURE" and rng.random() >= bad:
+                return rng.choice([0x10000, 0x20000, 0x30000, 0x50000, 0x60000]) | rng.randrange(14)
             return 0 if rng.random() >= bad else rng.choice([1, 2, 4, 8, 0x80000000, rng.getrandbits(32)])
         if name in ("index", "start", "count", "op", "option_id", "num_iovas", "object_id", "page_size", "data_type"):
             few = [0, 0, 0, 1, 1, 2, 5, 7] if rng.random() >= bad else _INTS
+            if few is not _INTS and ioctl.name == "VFIO_DEVICE_SET_IRQS":
+                return {"index": rng.choice([1, 1, 1, 0, 3, 4]), "start": 0}.get(name, rng.choice([1, 1, 0]))
             return 0 if name == "data_type" and few is not _INTS else rng.choice(few) & ((1 << bits) - 1)
         return rng.choice(_INTS) & ((1 << bits) - 1) if rng.random() < bad else 0
 

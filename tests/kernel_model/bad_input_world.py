@@ -130,11 +130,13 @@ class World:
 
     # -- what is there -----------------------------------------------------------------------------------------------
 
-    def ids(self) -> list[dict[str, list[int]]]:
-        """The ids in the context of each slot's file, by class."""
+    def contents(self) -> tuple[list[str], list[dict[str, list[int]]], list[list[tuple[int, int]]]]:
+        """What the generator asks: of each slot the kind of file, and what its context holds."""
         found: list[dict[str, list[int]]] = []
+        areas: list[list[tuple[int, int]]] = []
         for file in self.files:
             ids: dict[str, list[int]] = {}
+            mapped: list[tuple[int, int]] = []
             if file is not None:
                 try:
                     description = self.kernel.lookup(file.fileno())
@@ -143,11 +145,11 @@ class World:
                 ctx = description if isinstance(description, Context) else getattr(description, "ctx", None)
                 for number, obj in ctx.objects._objects.items() if ctx is not None else ():
                     ids.setdefault(type(obj).__name__, []).append(number)
+                    if isinstance(obj, Ioas):
+                        mapped += [(area.iova, area.length) for area in obj.iopt.areas.values()]
             found.append(ids)
-        return found
-
-    def kinds(self) -> list[str]:
-        return [_kind(file.path) if file is not None else "" for file in self.files]
+            areas.append(mapped)
+        return [_kind(file.path) if file is not None else "" for file in self.files], found, areas
 
     def address(self, pointer: Any) -> int:
         if isinstance(pointer, int):
