@@ -92,7 +92,7 @@ def test_unknown_feature_is_enotty(device: VfioDevice, number: int, flags: int) 
         (8, errno.ENOTTY),
         (9, errno.ENOTTY),
         (10, errno.ENOTTY),
-        pytest.param(12, errno.EINVAL, marks=pytest.mark.since("7.1")),
+        pytest.param(12, errno.EINVAL, marks=pytest.mark.since("7.2")),
         (13, errno.ENOTTY),
     ],
     ids=[
@@ -360,3 +360,12 @@ def test_ioeventfd_ends_with_the_binding(kernel: object, device: VfioDevice, iom
         again.bind(iommu)  # type: ignore[arg-type]
         with fails(errno.ENODEV):
             ioeventfd(again, 4, REG_LIVENESS, 0x1111, -1)
+
+
+def test_ioeventfds_are_limited_to_1000(device: VfioDevice, eventfd: int) -> None:
+    for data in range(1000):
+        ioeventfd(device, 4, REG_LIVENESS, data, eventfd)
+    with fails(errno.ENOSPC):
+        ioeventfd(device, 4, REG_LIVENESS, 1000, eventfd)
+    ioeventfd(device, 4, REG_LIVENESS, 7, -1)
+    ioeventfd(device, 4, REG_LIVENESS, 1000, eventfd)

@@ -20,17 +20,23 @@ _address: dict[tuple[str, str], str] = {}
 
 
 @pytest.fixture
-def cdev(kernel: Backend) -> Iterator[VfioDevice]:
-    """The edu device's VFIO character device, open and not bound."""
+def edu_address(kernel: Backend) -> str:
+    """Where the edu device is, "0000:00:10.0"."""
     key = (kernel.name, kernel.release)
     if key not in _address:
         addresses = edu_functions(getattr(kernel, "inner", kernel))
         if not addresses:
             pytest.skip("no edu device (PCI 1234:11e8)")
         _address[key] = addresses[0]
+    return _address[key]
+
+
+@pytest.fixture
+def cdev(kernel: Backend, edu_address: str) -> Iterator[VfioDevice]:
+    """The edu device's VFIO character device, open and not bound."""
     # Not recorded: whether vfio-pci has the device already depends on the tests before.
-    take(getattr(kernel, "inner", kernel), _address[key])
-    with VfioDevice(kernel, _address[key]) as device:
+    take(getattr(kernel, "inner", kernel), edu_address)
+    with VfioDevice(kernel, edu_address) as device:
         yield device
 
 

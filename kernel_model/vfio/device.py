@@ -10,6 +10,7 @@ Left out: groups and containers, emulated devices (mdev), no-IOMMU devices, KVM,
 from __future__ import annotations
 
 import errno
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelBug, KernelError
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _INT_MAX = 0x7FFFFFFF
 
 
-class VfioDevice:
+class VfioDevice(ABC):
     """`struct vfio_device`. Registered from construction on; `index` numbers its node."""
 
     def __init__(self, kernel: Kernel, dev: Device, index: int) -> None:
@@ -46,27 +47,33 @@ class VfioDevice:
 
     # -- what the bus driver implements (struct vfio_device_ops) -----------------------------------------------------
 
+    @abstractmethod
     def open_device(self) -> None:
         """The first opener is there: make the device usable."""
 
+    @abstractmethod
     def close_device(self) -> None:
         """The last opener has gone: make the device quiet."""
 
+    @abstractmethod
     def ioctl(self, call: SystemCall, request: int, arg: int) -> int:
-        raise KernelError(errno.EINVAL, "the driver has no ioctls")
+        """An ioctl that the character device does not know. ENOTTY: nor does the driver."""
 
+    @abstractmethod
     def device_feature(self, call: SystemCall, flags: int, data: int, argsz: int) -> int:
         """`data` is the address behind the header, `argsz` the bytes there. ENOTTY: no such feature."""
-        raise KernelError(errno.ENOTTY, "the driver has no features")
 
+    @abstractmethod
     def read(self, count: int, position: int) -> bytes:
-        raise KernelError(errno.EINVAL, "the driver cannot be read")
+        """Up to `count` bytes of the region that `position` names. EINVAL: there is none."""
 
+    @abstractmethod
     def write(self, data: bytes | bytearray | memoryview, position: int) -> int:
-        raise KernelError(errno.EINVAL, "the driver cannot be written")
+        """Store in the region that `position` names: how many bytes. EINVAL: there is none."""
 
+    @abstractmethod
     def mmap(self, length: int, offset: int, flags: int) -> MappedRegion:
-        raise KernelError(errno.EINVAL, "the driver cannot be mapped")
+        """Map the region that `offset` names. EINVAL: it cannot be."""
 
     def match_token_uuid(self, uuid: bytes | None) -> None:
         """Let the binding go on. EINVAL: a token is given and none is known here."""

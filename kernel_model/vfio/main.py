@@ -134,10 +134,12 @@ class VfioPciDriver:
             self._probe(device)
 
     def _bind(self, _call: SystemCall, data: bytes) -> None:
-        """ENODEV: no such function, none that vfio-pci was told to take, or one that it has."""
+        """ENODEV: no such function, or vfio-pci was not told to take it. EBUSY: it has it. Then as `_drivers_probe`."""
         device = self._device(data)
-        if self._overrides.get(device.name) != "vfio-pci" or device.name in self._bound:
+        if self._overrides.get(device.name) != "vfio-pci":
             raise KernelError(errno.ENODEV, f"{device.name} is not for vfio-pci")
+        if device.name in self._bound:
+            raise KernelError(errno.EBUSY, f"vfio-pci has {device.name}")
         self._probe(device)
 
     def _unbind(self, _call: SystemCall, data: bytes) -> None:

@@ -75,7 +75,7 @@ def test_bind_needs_the_override_and_happens_once(kernel: Kernel) -> None:
     assert store(kernel, f"{DRIVER}/bind", EDU) == errno.ENODEV
     store(kernel, f"{DEVICES}/{EDU}/driver_override", "vfio-pci")
     assert store(kernel, f"{DRIVER}/bind", EDU) == 0
-    assert store(kernel, f"{DRIVER}/bind", EDU) == errno.ENODEV
+    assert store(kernel, f"{DRIVER}/bind", EDU) == errno.EBUSY
 
 
 def test_nodes_take_the_lowest_free_number(kernel: Kernel) -> None:
