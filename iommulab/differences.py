@@ -67,6 +67,8 @@ def parse(text: str, name: str = "DIFFERENCES.md") -> list[Difference]:
                 raise UserError(f"{where}: {test} has an entry already")
             entry, key = Difference(test, number), ""
             entries.append(entry)
+        elif line.startswith("# "):
+            entry, key = None, ""
         elif entry is None or not line.strip():
             continue
         elif found := re.fullmatch(r"[-*] (\w+):\s*(.*)", line):

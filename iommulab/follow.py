@@ -112,6 +112,7 @@ class Follower:
             path.unlink(missing_ok=True)
             if self._ended is not None and not hung:
                 self._check_usage(self._ended, attempt)
+                self._check_complete(attempt)
                 break
             why = self._launch.obituary(None if hung else status, attempt)
             if hung == "total":
@@ -204,9 +205,21 @@ class Follower:
         if status == NOTHING:
             raise UserError("no test matches")
         if status == USAGE:
-            lines = self._launch.output(attempt).splitlines()
-            told = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-            raise UserError("; ".join(told) or "pytest refused its arguments")
+            raise UserError(self._complaint(attempt) or "pytest refused its arguments")
+
+    def _check_complete(self, attempt: int) -> None:
+        """A run that says it ended has a verdict for each of its tests, and has tests."""
+        if not self._known and not self._results.broken:
+            raise UserError(self._complaint(attempt) or f"no test ran\n{self._launch.output(attempt)}".rstrip())
+        for test_id in self._order:
+            if test_id not in self._known:
+                self._finish(Test(test_id, "failed", "not run: the run ended without it"))
+
+    def _complaint(self, attempt: int) -> str:
+        """pytest's own error lines, each once."""
+        lines = [line.strip() for line in self._launch.output(attempt).splitlines()]
+        told = [line.partition("ERROR: ")[2].strip() for line in lines if "ERROR: " in line]
+        return "; ".join(dict.fromkeys(filter(None, told)))
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
@@ -118,6 +119,14 @@ def need_linux() -> None:
         raise UserError(f"cannot open {DEV_IOMMU}: {why}") from error
 
 
+def check_model(options: dict[str, str]) -> None:
+    """UserError where the model knows no such machine or release. Only this needs the model in this process."""
+    try:
+        import_module(MODEL.partition(":")[0]).model(**options).close()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "conformance", help="run the suite on the model, on this kernel or in a guest", description=__doc__
@@ -175,6 +184,7 @@ def run(args: argparse.Namespace) -> int:
         launch: Launch
         if args.on == "model":
             options = {"machine": args.machine, "version": args.kernel or DEFAULT_VERSION}
+            check_model(options)
             workers = 1 if args.tests and all("::" in name for name in args.tests) else workers_for(args.workers)
             launch = HostLaunch(MODEL, options, selection, workers, directory)
         elif args.on == "linux":
