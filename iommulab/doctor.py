@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from iommulab.errors import UserError
 from iommulab.guest import find_qemu, kvm_problem
@@ -159,6 +160,6 @@ def run(args: argparse.Namespace) -> int:
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, look in findings(image).items():
         there, text = look()
-        table.add_row(name, "yes" if there else "no", text, style=None if there else "yellow")
+        table.add_row(name, "yes" if there else "no", Text(text), style=None if there else "yellow")
     console.print(table)
     return 0
