@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import os
 import re
 import subprocess
 import tempfile
@@ -25,7 +24,8 @@ from rich.console import Console
 
 from iommulab.errors import UserError
 from iommulab.results import SUITE
-from iommulab.suite import MODEL, pytest_command, workers_for
+from iommulab.selection import pytest_command, pytest_environment
+from iommulab.suite import MODEL, workers_for
 from iommulab.terminal import console as make_console
 
 ROOT = SUITE.parent
@@ -103,11 +103,7 @@ def reached_lines(console: Console, workers: int) -> dict[str, set[int]]:
     with tempfile.TemporaryDirectory(prefix="iommulab-reached-") as folder:
         arguments = ["-p", "iommulab.reached", "-q", "--backend", MODEL, str(SUITE)]
         arguments += ["-p", "xdist", "-n", str(workers)] if workers > 1 else []
-        environment = os.environ | {
-            "IOMMULAB_REACHED": folder,
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        }
+        environment = pytest_environment() | {"IOMMULAB_REACHED": folder}
         with console.status("running the suite on the model"):
             done = subprocess.run(
                 pytest_command(arguments), capture_output=True, text=True, env=environment, cwd=ROOT, check=False

@@ -20,12 +20,11 @@ from typing import Any, Protocol
 from iommulab.errors import UserError
 from iommulab.progress import SuiteProgress
 from iommulab.results import Results, Test
+from iommulab.selection import NOTHING, USAGE, complaint
 
 POLL = 0.05
 #: A process that dies this often before any test ends is given up.
 PATIENCE = 2
-#: pytest's own exit statuses: wrong usage, nothing collected.
-USAGE, NOTHING = 4, 5
 
 
 class Launch(Protocol):
@@ -205,21 +204,17 @@ class Follower:
         if status == NOTHING:
             raise UserError("no test matches")
         if status == USAGE:
-            raise UserError(self._complaint(attempt) or "pytest refused its arguments")
+            raise UserError(complaint(self._launch.output(attempt)) or "pytest refused its arguments")
 
     def _check_complete(self, attempt: int) -> None:
         """A run that says it ended has a verdict for each of its tests, and has tests."""
         if not self._known and not self._results.broken:
-            raise UserError(self._complaint(attempt) or f"no test ran\n{self._launch.output(attempt)}".rstrip())
+            raise UserError(
+                complaint(self._launch.output(attempt)) or f"no test ran\n{self._launch.output(attempt)}".rstrip()
+            )
         for test_id in self._order:
             if test_id not in self._known:
                 self._finish(Test(test_id, "failed", "not run: the run ended without it"))
-
-    def _complaint(self, attempt: int) -> str:
-        """pytest's own error lines, each once."""
-        lines = [line.strip() for line in self._launch.output(attempt).splitlines()]
-        told = [line.partition("ERROR: ")[2].strip() for line in lines if "ERROR: " in line]
-        return "; ".join(dict.fromkeys(filter(None, told)))
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

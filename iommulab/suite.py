@@ -23,34 +23,16 @@ from iommulab.kernel_images import find_image
 from iommulab.progress import SuiteProgress
 from iommulab.reports import write_all
 from iommulab.results import SUITE, Results, Test
+from iommulab.selection import LINUX, check_selection, pytest_command, pytest_environment, select_tests
 from iommulab.terminal import console as make_console
 from iommulab.vm import VmLaunch
 from uapi.backend import DEV_IOMMU
 from uapi.linux import LinuxBackend
 
-MODEL, LINUX = "iommulab.backends:model", "uapi.linux:LinuxBackend"
+MODEL = "iommulab.backends:model"
 DEFAULT_MACHINE, DEFAULT_VERSION = "q35-vtd-legacy", "7.3"
 #: Failed tests that are printed in full.
 SHOWN = 10
-
-
-def pytest_command(arguments: list[str]) -> list[str]:
-    """How pytest is run on the suite, wherever it runs. Without a cache: the suite's folder may be read-only."""
-    return [sys.executable, "-m", "pytest", "-c", str(SUITE / "pytest.ini"), "-p", "no:cacheprovider", *arguments]
-
-
-def select_tests(wanted: list[str]) -> list[str]:
-    """pytest's arguments for test ids, files or areas ("ioas_map"); the whole suite for none."""
-    chosen = []
-    for name in wanted:
-        path, separator, rest = name.removeprefix("conformance/").partition("::")
-        for candidate in (path, f"{path}.py", f"test_{path}.py"):
-            if (SUITE / candidate).exists():
-                chosen.append(f"{SUITE / candidate}{separator}{rest}")
-                break
-        else:
-            raise UserError(f"there is no test {name!r}: an area (ioas_map), a file (test_ioas_map.py) or a test id")
-    return chosen or [str(SUITE)]
 
 
 class HostLaunch:
@@ -69,11 +51,7 @@ class HostLaunch:
             arguments += ["--backend-option", f"{key}={value}"]
         if only is not None:
             arguments += ["--only", str(only)]
-        # pytest's own plugins only: what else is installed here is no part of the suite.
         arguments += ["-p", "xdist", "-n", str(self._workers)] if self._workers > 1 else []
-        environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-        environment.pop("PYTEST_ADDOPTS", None)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SUITE.parent), environment.get("PYTHONPATH")]))
         with self._log(attempt).open("wb") as log:
             return subprocess.Popen(
                 pytest_command(arguments),
@@ -81,7 +59,7 @@ class HostLaunch:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=environment,
+                env=pytest_environment(),
                 cwd=SUITE.parent,
             )
 
@@ -185,6 +163,8 @@ def run(args: argparse.Namespace) -> int:
         if args.on == "model":
             options = {"machine": args.machine, "version": args.kernel or DEFAULT_VERSION}
             check_model(options)
+            if args.expression:
+                check_selection(selection)  # xdist's workers would only say that they died
             workers = 1 if args.tests and all("::" in name for name in args.tests) else workers_for(args.workers)
             launch = HostLaunch(MODEL, options, selection, workers, directory)
         elif args.on == "linux":
@@ -192,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
             launch = HostLaunch(LINUX, {}, selection, 1, directory)
         else:
             image = find_image(args.kernel_image, args.kernel)
-            vm = VmLaunch(image, args.machine, selection, directory, pytest_command([]), progress)
+            vm = VmLaunch(image, args.machine, selection, directory, progress)
             results.environment = vm.environment
             launch = vm
         Follower(launch, results, limits, progress, directory).run()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from iommulab.errors import UserError
-from iommulab.follow import NOTHING, USAGE, tail
+from iommulab.follow import tail
 from iommulab.guest import Guest
 from iommulab.kernel_images import Image
 from iommulab.progress import SuiteProgress
-from iommulab.results import SUITE
+from iommulab.selection import LINUX, check_selection, pytest_command
 
 
 class VmLaunch:
@@ -26,14 +24,12 @@ class VmLaunch:
         machine: str,
         selection: list[str],
         directory: Path,
-        pytest: list[str],
         progress: SuiteProgress,
     ) -> None:
         self._guest = Guest(image, machine, directory)
         self._directory = directory
         self._selection = selection
-        self._pytest = pytest
-        self._collect()
+        check_selection(selection)
         progress.status("probing KVM")
         problem = self._guest.probe_kvm()
         if problem is not None:
@@ -45,23 +41,8 @@ class VmLaunch:
             "accelerator": self._guest.accelerator,
         }
 
-    def _collect(self) -> None:
-        """Let the host collect once: wrong arguments show before a boot, and the guest, where Python is slow, finds
-        every module compiled."""
-        command = [*self._pytest, "--collect-only", "-q", "--backend", "uapi.linux:LinuxBackend", *self._selection]
-        environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(SUITE.parent)}
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        environment.pop("PYTEST_ADDOPTS", None)
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=SUITE.parent)
-        if done.returncode == NOTHING:
-            raise UserError("no test matches")
-        if done.returncode == USAGE:
-            lines = (done.stdout + done.stderr).splitlines()
-            told = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-            raise UserError("; ".join(told) or "pytest refused its arguments")
-
     def start(self, events: Path, only: Path | None, attempt: int) -> subprocess.Popen[bytes]:
-        arguments = [*self._pytest, "--backend", "uapi.linux:LinuxBackend", *self._selection]
+        arguments = pytest_command(["--backend", LINUX, *self._selection])
         arguments += ["--only", str(only)] if only is not None else []
         command = f'{shlex.join(arguments)} --events "$events"'
         return self._guest.start(command, events, self._log(attempt), self._console(attempt))
