@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"cannot write to {args.report}: {(error.strerror or str(error)).lower()}") from error
     # Deaths are noticed from outside, a little after the limit that the test process itself keeps.
-    limits = Limits(test=args.test_time + 20, boot=120, total=args.total_time)
+    limits = Limits(test=args.test_time + 20, boot=300, total=args.total_time)
     with tempfile.TemporaryDirectory(prefix="iommulab-") as scratch, SuiteProgress(console, args.on) as progress:
         directory = Path(scratch)
         launch: Launch
