@@ -255,10 +255,11 @@ def test_hw_info_fills_the_room_and_zeroes_the_rest(device: VfioDevice, iommu: F
         assert memory.read(memory.address, 80) == (whole + bytes(80))[:room] + b"\xa5" * (80 - room)
 
 
+@pytest.mark.parametrize("address", [0, NOWHERE, U64_MAX - 7], ids=["null", "unmapped", "wraps"])
 @pytest.mark.parametrize("room", [1, 24, 32])
-def test_hw_info_into_bad_memory_is_efault(device: VfioDevice, iommu: File, room: int) -> None:
+def test_hw_info_into_bad_memory_is_efault(device: VfioDevice, iommu: File, room: int, address: int) -> None:
     with fails(errno.EFAULT):
-        IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=room, data_uptr=NOWHERE)
+        IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=room, data_uptr=address)
 
 
 def test_hw_info_zeroes_up_to_the_edge_then_faults(device: VfioDevice, iommu: File) -> None:

@@ -229,7 +229,9 @@ def test_map_dma_replies_nothing(iommu: File, ioas: int) -> None:
     assert unmap_all(iommu, ioas) == PAGE
 
 
-@pytest.mark.parametrize("call", [VFIO_IOMMU_MAP_DMA, VFIO_IOMMU_UNMAP_DMA, VFIO_IOMMU_GET_INFO], ids=repr)
+@pytest.mark.parametrize(
+    "call", [VFIO_IOMMU_MAP_DMA, VFIO_IOMMU_UNMAP_DMA, VFIO_IOMMU_GET_INFO], ids=["map", "unmap", "info"]
+)
 def test_bad_argument_is_efault_before_anything_else(iommu: File, call: object) -> None:
     assert answer(call.raw, iommu, 0) == errno.EFAULT  # type: ignore[attr-defined]
 
@@ -396,10 +398,10 @@ def test_get_info_chains_two_capabilities(iommu: File) -> None:
 
 
 @pytest.mark.usefixtures("ioas")
-@pytest.mark.parametrize("argsz", range(16, INFO_TOTAL + 9, 4))
-def test_get_info_never_writes_past_its_argsz(iommu: File, argsz: int) -> None:
-    block = get_info(iommu, argsz)
-    assert block[max(argsz, 16) :] == b"\xa5" * (len(block) - argsz)
-    assert int.from_bytes(block[:4], "little") == INFO_TOTAL
-    if argsz >= 24:
-        assert int.from_bytes(block[16:20], "little") == (24 if argsz >= INFO_TOTAL else 0)
+def test_get_info_never_writes_past_its_argsz(iommu: File) -> None:
+    for argsz in range(16, INFO_TOTAL + 9, 4):
+        block = get_info(iommu, argsz)
+        assert block[argsz:] == b"\xa5" * (len(block) - argsz)
+        assert int.from_bytes(block[:4], "little") == INFO_TOTAL
+        if argsz >= 24:
+            assert int.from_bytes(block[16:20], "little") == (24 if argsz >= INFO_TOTAL else 0)
