@@ -296,7 +296,7 @@ def test_hwpt_alloc_nested_without_data_is_eopnotsupp(device: VfioDevice, iommu:
         hwpt_alloc(iommu, device, hwpt)
 
 
-@pytest.mark.since("6.11")
+@pytest.mark.since("7.3")  # 6.12 answers EOPNOTSUPP to a paging HWPT with faults on VT-d
 def test_hwpt_alloc_with_a_fault_queue_that_is_missing_is_enoent(device: VfioDevice, iommu: File, ioas: int) -> None:
     with fails(errno.ENOENT):
         IOMMU_HWPT_ALLOC(iommu, dev_id=device.devid, pt_id=ioas, flags=IOMMU_HWPT_FAULT_ID_VALID, fault_id=99)
@@ -316,7 +316,7 @@ def test_hwpt_alloc_ignores_the_fault_id_without_the_flag(device: VfioDevice, io
     IOMMU_HWPT_ALLOC(iommu, dev_id=device.devid, pt_id=ioas, fault_id=99)
 
 
-@pytest.mark.since("6.11")
+@pytest.mark.since("7.3")  # 6.12 answers EOPNOTSUPP to a paging HWPT with faults on VT-d
 def test_hwpt_holds_its_fault_queue(kernel: Backend, device: VfioDevice, iommu: File, ioas: int) -> None:
     queue = IOMMU_FAULT_QUEUE_ALLOC(iommu)
     kernel.adopt(queue.out_fault_fd).close()
@@ -369,7 +369,7 @@ def test_get_dirty_bitmap_of_a_hwpt_without_tracking_is_eopnotsupp(device: VfioD
         IOMMU_HWPT_GET_DIRTY_BITMAP(iommu, hwpt_id=hwpt, iova=0, length=0, page_size=PAGE, data=NOWHERE)
 
 
-@pytest.mark.since("6.8")
+@pytest.mark.since("6.13")  # before vIOMMUs it was ENOENT
 def test_invalidate_of_a_paging_hwpt_is_einval(device: VfioDevice, iommu: File, ioas: int) -> None:
     cmd = iommu_hwpt_invalidate(
         size=ctypes.sizeof(iommu_hwpt_invalidate), hwpt_id=hwpt_alloc(iommu, device, ioas), entry_num=0

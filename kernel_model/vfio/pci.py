@@ -28,7 +28,6 @@ from kernel_model.vfio.pci_config import VirtualConfig
 from kernel_model.vfio.pci_intrs import PciInterrupts
 from kernel_model.vfio.pci_rdwr import OFFSET_MASK, OFFSET_SHIFT, BarMapping, BarRegions
 from uapi.cstruct import Struct
-from uapi.version import includes
 from uapi.vfio import (
     VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY,
     VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP,
@@ -214,7 +213,7 @@ class VfioPciDevice(VfioDevice):
         info = _copy(call, arg, vfio_irq_info, 16)
         if info.index >= VFIO_PCI_NUM_IRQS:
             raise KernelError(errno.EINVAL, f"there is no interrupt {info.index}")
-        if info.index == VFIO_PCI_ERR_IRQ_INDEX and not includes(self.kernel.release, "7.1"):
+        if info.index == VFIO_PCI_ERR_IRQ_INDEX and not self.interrupts.has_error_signal:
             raise KernelError(errno.EINVAL, "no error signal: the function is not PCI Express")
         info.flags = VFIO_IRQ_INFO_EVENTFD
         if info.index == VFIO_PCI_INTX_IRQ_INDEX:
