@@ -120,7 +120,6 @@ def test_memory_may_go_while_it_is_pinned(iommu: File, ioas: int) -> None:
 
 @pytest.mark.usefixtures("hwpt")
 @pytest.mark.needs("huge_pages")
-@pytest.mark.linux_only("a host that runs the model seldom has huge pages")
 def test_huge_page_maps(kernel: Backend, iommu: File, ioas: int) -> None:
     buffer = kernel.buffer(2 * MiB, huge=True)
     assert map_user(iommu, ioas, buffer.address, 2 * MiB, iova=4 * MiB) == 4 * MiB

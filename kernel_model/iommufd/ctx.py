@@ -7,6 +7,7 @@ changes nothing until the device is closed too.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kernel_model.errors import KernelError
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 ACCOUNT_NONE, ACCOUNT_USER, ACCOUNT_MM = 0, 1, 2
 
 table = IoctlTable("iommufd")
+
+#: The calls of a VFIO container that an iommufd serves too, by their whole number.
+CompatHandler = Callable[["Context", SystemCall, int], int]
+compat_calls: dict[int, CompatHandler] = {}
 
 
 class Context(FileDescription):
@@ -45,13 +50,12 @@ class Context(FileDescription):
     def ioctl(self, call: SystemCall, request: int, arg: int) -> int:
         number = request & 0xFF
         if not IOMMUFD_CMD_BASE <= number <= self._last:
-            return self.vfio_ioctl(call, request, arg)
+            handler = compat_calls.get(request)
+            if handler is None:
+                raise KernelError(errno.ENOTTY, f"no such ioctl: {request:#x}")
+            return handler(self, call, arg)
         dispatch(self._entries, call, self, request, arg)
         return 0
-
-    def vfio_ioctl(self, call: SystemCall, request: int, arg: int) -> int:
-        """The calls of a VFIO container. None is served yet: ENOTTY, as for one that no kernel knows."""
-        raise KernelError(errno.ENOTTY, f"no such ioctl: {request:#x}")
 
     def mmap(self, call: SystemCall, length: int, offset: int, prot: int, flags: int) -> Any:
         """Only ranges that a driver published can be mapped, and no driver publishes one yet.

@@ -44,7 +44,7 @@ class UserData:
 class HwptPaging(Object):
     """`struct iommufd_hwpt_paging`."""
 
-    __slots__ = ("auto_domain", "domain", "fault", "ioas", "nest_parent", "pasid_compat")
+    __slots__ = ("auto_domain", "domain", "enforces_cache_coherency", "fault", "ioas", "nest_parent", "pasid_compat")
 
     def __init__(self, ctx: Context, ioas: Ioas, flags: int) -> None:
         super().__init__(ctx)
@@ -52,6 +52,7 @@ class HwptPaging(Object):
         self.ioas = ioas
         self.fault: Fault | None = None
         self.auto_domain = False
+        self.enforces_cache_coherency = False
         self.nest_parent = bool(flags & IOMMU_HWPT_ALLOC_NEST_PARENT)
         self.pasid_compat = bool(flags & IOMMU_HWPT_ALLOC_PASID)
         ioas.users += 1
@@ -105,7 +106,8 @@ def paging_alloc(
     attached = False
     try:
         hwpt.domain = driver.domain_alloc_paging_flags(dev, flags & ~IOMMU_HWPT_FAULT_ID_VALID, user_data)
-        if enforce_cache_coherency and not hwpt.domain.enforce_cache_coherency():
+        hwpt.enforces_cache_coherency = enforce_cache_coherency and hwpt.domain.enforce_cache_coherency()
+        if enforce_cache_coherency and not hwpt.enforces_cache_coherency:
             raise KernelError(errno.EINVAL, "the domain cannot enforce cache coherency")
         if attachment is not None:
             attachment.attach(hwpt)

@@ -279,11 +279,14 @@ class IoPagetable:
             raise
 
     def unmap_range(self, first: int, last: int) -> int:
-        """iopt_unmap_iova_range(): remove the areas inside [first, last], ascending; the bytes removed.
+        """`unmap_each` for callers who need no more than the bytes removed."""
+        return sum(self.unmap_each(first, last))
+
+    def unmap_each(self, first: int, last: int) -> Iterator[int]:
+        """iopt_unmap_iova_range(): remove the areas inside [first, last], ascending; the bytes of each as it goes.
 
         ENOENT: an area is not wholly inside. EBUSY: an area is locked. Areas before it are already gone.
         """
-        unmapped = 0
         start = first
         while (area := self.area_at(start, last)) is not None:
             if area.num_locks:
@@ -291,11 +294,32 @@ class IoPagetable:
             if area.iova < start or area.last > last:
                 raise KernelError(errno.ENOENT, f"the mapping {area.iova:#x}-{area.last:#x} is not inside the range")
             self.remove_area(area)
-            unmapped += area.length
+            yield area.length
             if area.last >= last:
                 break
             start = area.last + 1
-        return unmapped
+
+    def cut(self, iova: int) -> None:
+        """iopt_cut_iova(): make `iova` the last byte of an area, if one covers it. It belongs to VFIO type 1.
+
+        EBUSY: the area is locked away from accesses. EINVAL: the cut is misaligned, the area is accessed, or a domain
+        may hold it in large pages.
+        """
+        area = self.area_at(iova, iova)
+        if area is None or iova in (area.iova, area.last):
+            return
+        start = iova + 1
+        start_byte = area.start_byte + start - area.iova
+        if (start | start_byte) & (self.iova_alignment - 1):
+            raise KernelError(errno.EINVAL, f"a cut before {start:#x} is not aligned to {self.iova_alignment:#x}")
+        if area.num_accesses:
+            raise KernelError(errno.EINVAL, "a mapping that is being accessed cannot be cut")
+        if area.pinned and not self.disable_large_pages:
+            raise KernelError(errno.EINVAL, "the domain may hold the mapping in large pages")
+        right = Area(start, area.last - start + 1, area.pages.get(), start_byte, area.prot)
+        right.pinned = area.pinned
+        area.last = iova
+        self.areas[start] = right
 
     def remove_area(self, area: Area) -> None:
         self._unfill_domains(area)

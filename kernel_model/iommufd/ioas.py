@@ -16,7 +16,7 @@ from kernel_model.iommufd.ctx import ACCOUNT_MM, ACCOUNT_USER, Context, table
 from kernel_model.iommufd.io_pagetable import IOMMU_CACHE, IOMMU_READ, IOMMU_WRITE, IoPagetable
 from kernel_model.iommufd.object import Object
 from kernel_model.iommufd.pages import FilePages, Pages, UserPages
-from kernel_model.process import CAP_SYS_RAWIO, PAGE_MASK, PAGE_SHIFT
+from kernel_model.process import CAP_SYS_RAWIO, PAGE_MASK, PAGE_SHIFT, Process
 from uapi.iommufd import (
     IOMMU_IOAS_ALLOC,
     IOMMU_IOAS_ALLOW_IOVAS,
@@ -130,11 +130,19 @@ def _prot(flags: int) -> int:
     return prot
 
 
-def _map(ctx: Context, ioas: Ioas, pages: Pages, start_byte: int, length: int, iova: int | None, flags: int) -> int:
+def map_user(ctx: Context, process: Process, ioas: Ioas, address: int, length: int, iova: int | None, prot: int) -> int:
+    """iopt_map_user_pages(): EOVERFLOW the address wraps; EINVAL length 0; then `IoPagetable.map_pages`."""
+    pages = UserPages(ctx.kernel, process, address, length, bool(prot & IOMMU_WRITE))
+    return _map_common(ctx, ioas, pages, address & PAGE_MASK, length, iova, prot)
+
+
+def _map_common(
+    ctx: Context, ioas: Ioas, pages: Pages, start_byte: int, length: int, iova: int | None, prot: int
+) -> int:
     """iopt_map_common()."""
     if ctx.account_mode == ACCOUNT_MM and pages.account_mode == ACCOUNT_USER:
         pages.account_mode = ACCOUNT_MM
-    return ioas.iopt.map_pages([(pages, start_byte, length)], length, iova, _prot(flags))
+    return ioas.iopt.map_pages([(pages, start_byte, length)], length, iova, prot)
 
 
 @table.handles(IOMMU_IOAS_MAP)
@@ -150,10 +158,8 @@ def ioas_map(ucmd: UserCommand[Context, iommu_ioas_map]) -> None:
     if not cmd.flags & _ACCESS_FLAGS:
         raise KernelError(errno.EINVAL, "neither readable nor writeable")
     ioas = ctx.objects.get(cmd.ioas_id, Ioas)
-    writable = bool(cmd.flags & IOMMU_IOAS_MAP_WRITEABLE)
-    pages = UserPages(ctx.kernel, ucmd.call.process, cmd.user_va, cmd.length, writable)
     iova = cmd.iova if cmd.flags & IOMMU_IOAS_MAP_FIXED_IOVA else None
-    cmd.iova = _map(ctx, ioas, pages, cmd.user_va & PAGE_MASK, cmd.length, iova, cmd.flags)
+    cmd.iova = map_user(ctx, ucmd.call.process, ioas, cmd.user_va, cmd.length, iova, _prot(cmd.flags))
     ucmd.respond()
 
 
@@ -176,7 +182,7 @@ def ioas_map_file(ucmd: UserCommand[Context, iommu_ioas_map_file]) -> None:
     writable = bool(cmd.flags & IOMMU_IOAS_MAP_WRITEABLE)
     pages = FilePages(ctx.kernel, ucmd.call.process, cmd.fd, cmd.start, cmd.length, writable)
     iova = cmd.iova if cmd.flags & IOMMU_IOAS_MAP_FIXED_IOVA else None
-    cmd.iova = _map(ctx, ioas, pages, cmd.start & PAGE_MASK, cmd.length, iova, cmd.flags)
+    cmd.iova = _map_common(ctx, ioas, pages, cmd.start & PAGE_MASK, cmd.length, iova, _prot(cmd.flags))
     ucmd.respond()
 
 
