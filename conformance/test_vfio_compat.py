@@ -58,7 +58,6 @@ from uapi.vfio import (
     vfio_iova_range,
 )
 
-
 RW = VFIO_DMA_MAP_FLAG_READ | VFIO_DMA_MAP_FLAG_WRITE
 #: 24 bytes of info, 12 of DMA_AVAIL rounded up to 16, 16 of IOVA_RANGE and one range of 16.
 INFO_TOTAL = 24 + 16 + 16 + 16
