@@ -162,6 +162,18 @@ def test_private_memory_of_the_test(edu: Edu, iommu: File, ioas: int) -> None:
     area.close()
 
 
+def test_memory_of_the_process_that_mapped_it(kernel: Backend, edu: Edu, iommu: File, ioas: int) -> None:
+    """An address means the memory of whoever calls MAP, not of whoever opened the device."""
+    with kernel.spawn() as client:
+        theirs = client.receive(iommu)
+        address = client.allocate(2 * PAGE)
+        client.poke(address, PATTERN)
+        map_user(theirs, ioas, address, 2 * PAGE, IOVA)  # type: ignore[arg-type]
+        edu.memcpy(IOVA + PAGE, IOVA, PAGE)
+        assert client.peek(address + PAGE, PAGE) == PATTERN
+        unmap_all(iommu, ioas)
+
+
 @pytest.mark.needs("huge_pages")
 def test_huge_page(edu: Edu, kernel: Backend, iommu: File, ioas: int) -> None:
     size = 2 << 20

@@ -23,8 +23,16 @@ from conformance.drivers.vfio import (
     VfioDevice,
 )
 from conformance.steps import PAGE, fails
-from uapi.backend import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE
-from uapi.vfio import VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_ROM_REGION_INDEX, VFIO_PCI_VGA_REGION_INDEX
+from uapi.backend import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, Mapping
+from uapi.vfio import (
+    VFIO_DEVICE_FEATURE,
+    VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY,
+    VFIO_DEVICE_FEATURE_LOW_POWER_EXIT,
+    VFIO_DEVICE_FEATURE_SET,
+    VFIO_PCI_MSI_IRQ_INDEX,
+    VFIO_PCI_ROM_REGION_INDEX,
+    VFIO_PCI_VGA_REGION_INDEX,
+)
 
 pytestmark = pytest.mark.needs("iommu", "root", "vfio_cdev")
 
@@ -407,20 +415,38 @@ def test_mapping_can_be_made_while_memory_is_off_and_works_once_it_is_on(device:
         assert bar.read(REG_ID, 4) == IDENT
 
 
+def signal_of_touching(bar: Mapping) -> int:
+    """The signal that kills a child which loads from a mapping, 0 if none does."""
+    pid = os.fork()
+    if pid == 0:
+        faulthandler.disable()
+        bar.read(REG_ID, 4)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
 @pytest.mark.linux_only("the model has no SIGBUS to send")
 def test_touching_a_mapping_while_memory_is_off_is_sigbus(device: VfioDevice) -> None:
     with device.file.mmap(PAGE, 0) as bar:
-        assert bar.read(REG_ID, 4) == IDENT
+        assert signal_of_touching(bar) == 0
         device.disable(PCI_COMMAND_MEMORY)
-        pid = os.fork()
-        if pid == 0:
-            faulthandler.disable()
-            bar.read(REG_ID, 4)
-            os._exit(0)
-        _, status = os.waitpid(pid, 0)
-        assert os.WIFSIGNALED(status)
-        assert os.WTERMSIG(status) == signal.SIGBUS
+        assert signal_of_touching(bar) == signal.SIGBUS
         device.enable(PCI_COMMAND_MEMORY)
+        assert bar.read(REG_ID, 4) == IDENT
+
+
+@pytest.mark.linux_only("the model has no SIGBUS to send")
+def test_touching_a_mapping_in_low_power_is_sigbus(device: VfioDevice) -> None:
+    with device.file.mmap(PAGE, 0) as bar:
+        VFIO_DEVICE_FEATURE.raw(
+            device.file, bytearray(struct.pack("<II", 8, VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY))
+        )
+        assert signal_of_touching(bar) == signal.SIGBUS
+        assert device.read(0, REG_ID, 4) == IDENT
+        VFIO_DEVICE_FEATURE.raw(
+            device.file, bytearray(struct.pack("<II", 8, VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_LOW_POWER_EXIT))
+        )
         assert bar.read(REG_ID, 4) == IDENT
 
 

@@ -91,7 +91,8 @@ class VfioPciDevice(VfioDevice):
         self.function: PciFunction = dev.pci
         self.reset_works = False
         self._saved = b""
-        self._low_power = False
+        #: The client asked for low power: its mappings do not answer.
+        self.low_power = False
         self._wakeup: EventFd | None = None
         self._ioctls: dict[int, Callable[[SystemCall, int], int]] = {
             VFIO_DEVICE_GET_INFO.number: self._get_info,
@@ -277,9 +278,9 @@ class VfioPciDevice(VfioDevice):
         return 0
 
     def _enter_low_power(self) -> None:
-        if self._low_power:
+        if self.low_power:
             raise KernelError(errno.EINVAL, "the device is in low power")
-        self._low_power = True
+        self.low_power = True
 
     def _enter_low_power_with_wakeup(self, call: SystemCall, data: int) -> None:
         """EFAULT. EINVAL: a negative eventfd. EBADF, EINVAL: the eventfd. EINVAL: in low power already."""
@@ -295,7 +296,7 @@ class VfioPciDevice(VfioDevice):
         self._wakeup = eventfd
 
     def _end_low_power(self) -> None:
-        self._low_power = False
+        self.low_power = False
         if self._wakeup is not None:
             self._wakeup.put()
             self._wakeup = None

@@ -3,7 +3,8 @@
 Mirrors drivers/vfio/pci/vfio_pci_rdwr.c and the mmap half of vfio_pci_core.c. An access is cut into loads or stores of
 8, 4, 2 or 1 bytes, as wide as alignment and length allow; each asks whether the client has memory on.
 
-Where Linux sends SIGBUS (a mapping is touched while memory is off), a load gives all ones and a store is dropped.
+Where Linux sends SIGBUS (a mapping is touched while memory is off, or in low power), a load gives all ones and a store
+is dropped.
 
 Left out: the MSI-X table's hole, expansion ROMs, VGA, I/O port BARs.
 """
@@ -41,13 +42,13 @@ class BarMapping:
 
     def read(self, offset: int, width: int) -> int:
         at = self._start + offset
-        if not self._regions.memory_enabled or at + width > self._bar.size:
+        if not self._regions.can_be_touched or at + width > self._bar.size:
             return (1 << 8 * width) - 1
         return self._bar.read(at, width)
 
     def write(self, offset: int, width: int, value: int) -> None:
         at = self._start + offset
-        if self._regions.memory_enabled and at + width <= self._bar.size:
+        if self._regions.can_be_touched and at + width <= self._bar.size:
             self._bar.write(at, width, value)
 
     def unmapped(self) -> None:
@@ -83,6 +84,11 @@ class BarRegions:
     @property
     def memory_enabled(self) -> bool:
         return self._device.config.memory_enabled
+
+    @property
+    def can_be_touched(self) -> bool:
+        """vfio_pci_vmf_insert_pfn(): whether a page of a mapping can be faulted in."""
+        return not self._device.low_power and self.memory_enabled
 
     def is_mappable(self, index: int) -> bool:
         """vfio_pci_probe_mmaps(): memory, and a page of its own."""

@@ -16,6 +16,10 @@ from kernel_model.kernel import Kernel
 from uapi.backend import File
 from uapi.vfio import (
     VFIO_DEVICE_BIND_IOMMUFD,
+    VFIO_DEVICE_FEATURE,
+    VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY,
+    VFIO_DEVICE_FEATURE_LOW_POWER_EXIT,
+    VFIO_DEVICE_FEATURE_SET,
     VFIO_DEVICE_FLAGS_RESET,
     VFIO_DEVICE_GET_INFO,
     VFIO_DEVICE_GET_IRQ_INFO,
@@ -184,6 +188,30 @@ def test_page_of_a_small_bar_can_be_mapped_but_holds_no_more_than_it(device: Fil
         assert mapping.read(0x100, 4) == 0xFFFFFFFF
     with pytest.raises(OSError, match="Invalid argument"):
         device.mmap(8192, 2 << 40)
+
+
+def test_mapping_does_not_answer_while_memory_is_off_or_in_low_power(function: Resettable, device: File) -> None:
+    """Linux sends SIGBUS."""
+    with device.mmap(4096, 0) as mapping:
+        for off, on in (((b"\0\0", 4), (b"\2\0", 4)), (LOW_POWER_ENTRY, LOW_POWER_EXIT)):
+            mapping.write(0, 4, 5)
+            change(device, off)
+            mapping.write(0, 4, 6)
+            assert mapping.read(0, 4) == 0xFFFFFFFF
+            change(device, on)
+            assert mapping.read(0, 4) == 5
+
+
+LOW_POWER_ENTRY = struct.pack("<II", 8, VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY)
+LOW_POWER_EXIT = struct.pack("<II", 8, VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_LOW_POWER_EXIT)
+
+
+def change(device: File, what: tuple[bytes, int] | bytes) -> None:
+    """Write to configuration space, or call DEVICE_FEATURE."""
+    if isinstance(what, bytes):
+        VFIO_DEVICE_FEATURE.raw(device, bytearray(what))
+    else:
+        device.pwrite(what[0], CONFIG + what[1])
 
 
 def test_write_goes_out_in_the_widest_accesses(function: Resettable, device: File) -> None:
