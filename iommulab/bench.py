@@ -29,6 +29,7 @@ from iommulab.guest import Guest
 from iommulab.kernel_images import Image, find_image
 from iommulab.measure import AREA_COUNTS, Figures, client_figures, memmove_figures
 from iommulab.measure_dma import dma_figures
+from iommulab.terminal import console
 from kernel_model.kernel import Kernel
 from uapi.backend import DEV_IOMMU
 from uapi.linux import LinuxBackend
@@ -150,7 +151,7 @@ def _call_rows(ours: Figures, real: Figures | None) -> Iterator[Row]:
         if "among" in name:
             areas[name] = value
         peer = real.get(name) if real is not None else None
-        budget = _GIB_BUDGET if "1 GiB" in name else _IOCTL_BUDGET
+        budget = _GIB_BUDGET if "1 GiB, one domain" in name else _IOCTL_BUDGET
         yield Row(name, value, peer, budget)
     for suffix in ("", " (host)"):
         group = [(name, value) for name, value in areas.items() if name.endswith("(host)") == bool(suffix)]
@@ -181,7 +182,7 @@ def _print(rows: list[Row], compared: bool, place: str) -> None:
             f"[red]{ratio} over[/red]" if row.over else ratio,
             "" if row.budget is None or row.peer is None else f"{row.budget:g}",
         )
-    Console().print(table)
+    console().print(table)
     over = sum(row.over for row in rows)
     print(f"{over} of {sum(row.ratio is not None and row.budget is not None for row in rows)} ratios are over budget")
     if not compared:
