@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -111,12 +112,17 @@ def kvm_problem(qemu: Qemu, image: Image | None) -> str | None:
 def collect(path: Path) -> Iterator[int]:
     """The writing end of a pipe whose data goes to a file, for as long as somebody holds that end."""
     reader, writer = os.pipe()
+    path.write_bytes(b"")
+
+    def copy() -> None:
+        with path.open("ab", buffering=0) as file, open(reader, "rb", buffering=0) as pipe:
+            while data := pipe.read(1 << 16):
+                file.write(data)
+
+    threading.Thread(target=copy, name=f"collect {path.name}", daemon=True).start()
     try:
-        with path.open("wb") as file:
-            subprocess.Popen(["cat"], stdin=reader, stdout=file, stderr=subprocess.DEVNULL, start_new_session=True)
         yield writer
     finally:
-        os.close(reader)
         os.close(writer)
 
 
