@@ -6,6 +6,7 @@ Here are the argument checks in the kernel's order; what a mapping is, is in `io
 from __future__ import annotations
 
 import errno
+from bisect import bisect_right
 from struct import Struct
 from typing import TYPE_CHECKING
 
@@ -109,16 +110,19 @@ def ioas_allow_iovas(ucmd: UserCommand[Context, iommu_ioas_allow_iovas]) -> None
     if cmd.__reserved:
         raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
     iopt = ucmd.ctx.objects.get(cmd.ioas_id, Ioas).iopt
-    allowed: list[tuple[int, int]] = []
+    firsts: list[int] = []  # ascending, with the end of each: the caller may have given a million
+    lasts: list[int] = []
     for index in range(cmd.num_iovas):
         address = (cmd.allowed_iovas + index * _RANGE.size) & U64_MAX
         first, last = _RANGE.unpack(ucmd.call.copy_from_user(address, _RANGE.size))
         if first >= last:
             raise KernelError(errno.EINVAL, f"the range {first:#x}-{last:#x}")
-        if any(first <= b and last >= a for a, b in allowed):
+        where = bisect_right(firsts, last)
+        if where and lasts[where - 1] >= first:
             raise KernelError(errno.EINVAL, f"the range {first:#x}-{last:#x} overlaps an earlier one")
-        allowed.append((first, last))
-    iopt.set_allowed(allowed)
+        firsts.insert(where, first)
+        lasts.insert(where, last)
+    iopt.set_allowed(list(zip(firsts, lasts, strict=True)))
 
 
 def _prot(flags: int) -> int:
