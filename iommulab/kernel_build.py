@@ -35,6 +35,7 @@ NEEDED = (
     "VFIO",
     "VFIO_PCI",
     "VFIO_DEVICE_CDEV",
+    "BLOCK",
     "VIRTIO_PCI",
     "VIRTIO_CONSOLE",
     "9P_FS",
