@@ -84,6 +84,8 @@ class Interrupts:
             raise KernelBug("a vector is freed under its handler")
         flags = function.config_read(msi.offset + PCI_MSI_FLAGS, 2)
         function.config_write(msi.offset + PCI_MSI_FLAGS, 2, flags & ~(PCI_MSI_FLAGS_ENABLE | PCI_MSI_FLAGS_QSIZE))
+        for offset, width in ((PCI_MSI_ADDRESS_LO, 4), (PCI_MSI_ADDRESS_HI, 4), (_PCI_MSI_DATA_64, 2)):
+            function.config_write(msi.offset + offset, width, 0)  # msi_domain_deactivate() leaves no message
         pci_intx(function, True)
 
     def pci_irq_vector(self, function: PciFunction, index: int) -> int:

@@ -10,9 +10,13 @@ import errno
 import os
 import select
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelError
 from kernel_model.file import SystemCall
+
+if TYPE_CHECKING:
+    from kernel_model.kernel import Kernel
 
 _NAME = "anon_inode:[eventfd]"
 
@@ -20,7 +24,8 @@ _NAME = "anon_inode:[eventfd]"
 class EventFd:
     """`struct eventfd_ctx`: a reference to a client's eventfd, which outlives the client's descriptor."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, kernel: Kernel, fd: int) -> None:
+        self._kernel = kernel
         self.fd = fd
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN | select.POLLOUT)
@@ -36,6 +41,7 @@ class EventFd:
         """eventfd_signal(): add one. A counter that is full stays full."""
         if self._ready() & select.POLLOUT:
             os.eventfd_write(self.fd, 1)
+            self._kernel.wake()
 
     def consume(self) -> None:
         """Take back what was signalled."""
@@ -52,7 +58,7 @@ def eventfd_ctx_fdget(call: SystemCall, fd: int) -> EventFd:
     if os.readlink(f"/proc/self/fd/{taken}") != _NAME:
         os.close(taken)
         raise KernelError(errno.EINVAL, f"descriptor {fd} is no eventfd")
-    return EventFd(taken)
+    return EventFd(call.kernel, taken)
 
 
 class VirqFd:
