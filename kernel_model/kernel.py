@@ -101,6 +101,7 @@ class Kernel:
         self._hangups = select.epoll()
         self._by_fd: dict[int, Descriptor] = {}
         self._watches: dict[int, Callable[[], None]] = {}
+        self._waking = False
         self.queue: deque[Callable[[], None]] = deque()
         self._dead = ""
         self._entry = Entry(self)
@@ -234,6 +235,20 @@ class Kernel:
         """The end of `watch`."""
         self._hangups.unregister(fd)
         del self._watches[fd]
+
+    def wake(self) -> None:
+        """Call the watches of descriptors that became readable within this call, by the kernel's own doing.
+
+        What the watches themselves make readable waits for the next entry, so that no circle of them holds a call.
+        """
+        if self._watches and not self._waking:
+            self._waking = True
+            try:
+                for fd, _ in self._poll(0):
+                    if fd in self._watches:
+                        self._watches[fd]()
+            finally:
+                self._waking = False
 
     def install(self, description: FileDescription, path: str | None = None) -> int:
         """A new descriptor in this process for an open file: O_CLOEXEC. EMFILE."""
