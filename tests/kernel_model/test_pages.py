@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from raw_memory import address_in, libc
 
 from fakedev.memory import BusAbort
 from kernel_model.errors import KernelBug, KernelError
@@ -21,6 +20,7 @@ from kernel_model.iommufd.ctx import ACCOUNT_MM, ACCOUNT_NONE, ACCOUNT_USER
 from kernel_model.iommufd.pages import FilePages, Pages, Runs, UserPages, filesystem_type
 from kernel_model.kernel import Kernel
 from kernel_model.process import Credentials, Mm, Process, User
+from tests.kernel_model.raw_memory import address_in, libc
 
 PAGE = 4096
 PAGES = 24
