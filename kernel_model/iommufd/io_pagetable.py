@@ -207,6 +207,8 @@ class IoPagetable:
             raise KernelError(errno.EPERM, "the pages were mapped without WRITEABLE")
         if start_byte & PAGE_MASK & (self.iova_alignment - 1):
             raise KernelError(errno.EINVAL, f"the page offset {start_byte & PAGE_MASK:#x} is misaligned")
+        if start_byte + length - 1 >> PAGE_SHIFT >= pages.npages:
+            raise KernelError(errno.EOVERFLOW, f"{length:#x} bytes and the page offset come to more than 64 bits")
         area = Area(iova, length, pages, start_byte, prot)
         if self.areas is _NO_AREAS:
             self.areas = SortedDict()

@@ -75,7 +75,8 @@ class Pages:
         self.process = process
         self.uid = process.credentials.uid()
         self.writable = writable
-        self.npages = (length + page_offset + PAGE_MASK) >> PAGE_SHIFT
+        # In 64 bits, as the kernel rounds up: a length within two pages of 2^64 comes out as no page at all.
+        self.npages = ((length + page_offset + PAGE_MASK) & U64_MAX) >> PAGE_SHIFT
         self.account_mode = ACCOUNT_NONE if process.capable(CAP_IPC_LOCK) else ACCOUNT_USER
         #: Areas that use this.
         self.users = 1
