@@ -1,4 +1,4 @@
-"""Long random walks through config space and SET_IRQS: each step's answer must be the real kernel's.
+"""Long random walks through config space, SET_IRQS and iommufd's objects: each answer must be the real kernel's.
 
 The walks are the same every time. What 7.3.4 answered is kept as digests of ten steps each, in `WALKS`, so a difference
 is found within ten steps. `python -m conformance.test_vfio_walks`, run as root where
@@ -7,20 +7,41 @@ is found within ten steps. `python -m conformance.test_vfio_walks`, run as root 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from conformance.drivers.edu import edu_functions
 from conformance.drivers.vfio import CONFIG_REGION, REGION_SHIFT, VfioDevice, irq_set
+from conformance.steps import (
+    NOWHERE,
+    PAGE,
+    allow_iovas,
+    copy,
+    destroy,
+    ioas_alloc,
+    iova_alignment,
+    iova_ranges,
+    map_user,
+    option_set,
+    unmap,
+    unmap_all,
+)
 from uapi.backend import DEV_IOMMU
+from uapi.iommufd import IOMMU_HWPT_ALLOC, IOMMU_OPTION_HUGE_PAGES
 from uapi.linux import LinuxBackend
-from uapi.vfio import VFIO_DEVICE_SET_IRQS, VFIO_PCI_MSI_IRQ_INDEX
+from uapi.vfio import (
+    VFIO_DEVICE_ATTACH_IOMMUFD_PT,
+    VFIO_DEVICE_ATTACH_PASID,
+    VFIO_DEVICE_DETACH_IOMMUFD_PT,
+    VFIO_DEVICE_DETACH_PASID,
+    VFIO_DEVICE_SET_IRQS,
+    VFIO_PCI_MSI_IRQ_INDEX,
+)
 
 pytestmark = [pytest.mark.needs("iommu", "root", "vfio_cdev"), pytest.mark.since("7.3")]
 
@@ -45,7 +66,7 @@ def config_walk(device: VfioDevice, seed: int) -> Iterator[str]:
             else:
                 yield f"read {offset:#x} {width} = {device.file.pread(width, CONFIG + offset).hex()}"
         except OSError as error:
-            yield f"{offset:#x} {width} = {errno.errorcode[error.errno or 0]}"
+            yield f"{offset:#x} {width} = -{error.errno}"
         if step % 10 == 9:
             yield f"all = {device.file.pread(0x100, CONFIG).hex()}"
     device.file.pwrite(bytes(len(GAP)), CONFIG + GAP.start)
@@ -70,7 +91,7 @@ def irq_walk(device: VfioDevice, seed: int) -> Iterator[str]:
             try:
                 answer = str(VFIO_DEVICE_SET_IRQS.raw(device.file, irq_set(flags, index, start, count, data)))
             except OSError as error:
-                answer = errno.errorcode[error.errno or 0]
+                answer = f"-{error.errno}"
             counts = [_count(eventfd) for eventfd in eventfds]
             yield f"{flags:#x} {index} {start}+{count} {choice} = {answer} {counts}"
     finally:
@@ -85,6 +106,60 @@ def _count(eventfd: int) -> int:
         return 0
 
 
+def _object_calls(
+    device: VfioDevice, address: int, one: int, other: int, iova: int, length: int
+) -> dict[str, Callable[[], object]]:
+    """What a step of `object_walk` may do, by name."""
+    iommu = device.iommu
+    assert iommu is not None
+    return {
+        "ioas_alloc": lambda: ioas_alloc(iommu),
+        "destroy": lambda: destroy(iommu, one),
+        "hwpt_alloc": lambda: IOMMU_HWPT_ALLOC(iommu, dev_id=1, pt_id=one).out_hwpt_id,
+        "hwpt_alloc for pasids": lambda: IOMMU_HWPT_ALLOC(iommu, dev_id=1, pt_id=one, flags=8).out_hwpt_id,
+        "hwpt_alloc with faults": lambda: IOMMU_HWPT_ALLOC(iommu, dev_id=other, pt_id=one, flags=4).out_hwpt_id,
+        "attach": lambda: device.attach(one),
+        "attach again": lambda: device.attach(other),
+        "detach": device.detach,
+        "attach pasid": lambda: (
+            VFIO_DEVICE_ATTACH_IOMMUFD_PT(device.file, flags=VFIO_DEVICE_ATTACH_PASID, pasid=other, pt_id=one).pt_id
+        ),
+        "detach pasid": lambda: (
+            VFIO_DEVICE_DETACH_IOMMUFD_PT(device.file, flags=VFIO_DEVICE_DETACH_PASID, pasid=other).pasid
+        ),
+        "map": lambda: map_user(iommu, one, address, length, iova),
+        "map anywhere": lambda: map_user(iommu, one, address, length),
+        "map nothing": lambda: map_user(iommu, one, NOWHERE, length, iova),
+        "copy": lambda: copy(iommu, one, other, iova, length),
+        "unmap": lambda: unmap(iommu, one, iova, length),
+        "unmap all": lambda: unmap_all(iommu, one),
+        "ranges": lambda: iova_ranges(iommu, one),
+        "alignment": lambda: iova_alignment(iommu, one),
+        "allow": lambda: allow_iovas(iommu, one, [(iova, iova + length)]),
+        "huge pages off": lambda: option_set(iommu, IOMMU_OPTION_HUGE_PAGES, other & 1, one),
+    }
+
+
+def object_walk(device: VfioDevice, seed: int) -> Iterator[str]:
+    """Random births, attachments, mappings and deaths, with ids that are mostly there."""
+    chance = random.Random(seed)
+    memory = device.kernel.buffer(
+        2 << 20
+    )  # so large a buffer has the same alignment everywhere, and so automatic IOVAs
+    for _ in range(STEPS):
+        one, other = chance.choices(range(9), k=2)
+        iova = chance.choice((0, PAGE, 3 * PAGE, 0xFEDFF000, 0xFEE00000, 1 << 39, (1 << 48) - PAGE, 1 << 48, 100))
+        length = chance.choice((PAGE, PAGE, 2 * PAGE, 4 * PAGE, 100))
+        calls = _object_calls(device, memory.address, one, other, iova, length)
+        name = chance.choice(list(calls))
+        try:
+            answer = str(calls[name]())
+        except OSError as error:
+            answer = f"-{error.errno}"
+        yield f"{name} {one} {other} {iova:#x}+{length:#x} = {answer}"
+    memory.close()
+
+
 def digests(lines: list[str]) -> str:
     """Four hex digits for each ten lines."""
     blocks = ("\n".join(lines[at : at + 10]) for at in range(0, len(lines), 10))
@@ -94,29 +169,42 @@ def digests(lines: list[str]) -> str:
 #: What Linux 7.3.4 answered, by walk and seed.
 WALKS = {
     "config_walk 1": (
-        "9163a699c7d476de637a5a038903ae83d766ea5454fcf6081feac45227167b21d522d1a2d8b0e4bca61d0527aaa89d3d"
-        "561d3b5ff6ce23dc1acfa805a6a911e758b07c35b7bd7a5b0ed91dad6bb98c83c47495da2bb8d60603af8565c1c2583c"
-        "df7c133798afecdcf0794ce1457b2c469c9a0e1ee7812ffc021418f5b511cfd47f768069"
+        "9163a699c7d476de637a5a038903ae832f3dea5454fcf6081feac45227167b2113f7d1a2d8b0e4bca61d052764e59d3d"
+        "561d3b5ff6ce23dc1acfa805a6a911e716797c35b7bd7a5b0ed91dad6bb98c83c47495da2bb8d606f81e8565c1c2583c"
+        "8877133798afecdcf0794ce1457b2c46d7d70e1ee7812ffc021418f5b511cfd47f768069"
     ),
     "config_walk 2": (
-        "3a41947e4476e1cfc24146b3aa34cf5e64d3f9e83fa9945559b9fb3080e0f07e9e20ef2729d8d6cd5aec55914e90d539"
-        "8f494d5c95cd808495a56e8102bebc86ba332f9d5bc3160335d56dc79da212bc82ca23057f6e8cf93714eeb61b26d907"
-        "297a251f7791df1c460d60e670ea76c72be9de22df2955348d8c3fcbb78464d4d8646c6a"
+        "3a41947e4476e1cfc24146b3aa34cf5e64d3f9e83fa9f1d259b9fb3080e0f07e9e20ef2729d8d6cd5aec55914e90d539"
+        "8f494d5c95cd808495a56e8102bebc86ba332f9d5bc3160335d5239d9da212bc82ca50507f6eb3103714eeb61b26d907"
+        "d740251f7791df1c460d0d95dc8276c72be9de22df2955348d8c3fcbb784e688d8646c6a"
     ),
     "irq_walk 1": (
-        "7201ae5ce0e3f3646c78616919feddbf54735fdb06a514cd82b79be3634196b829de7266a67762aba0dbbc8b7332bb13"
-        "933644437d0949139a5b46822f10b3f37c77144de219c77b459886417072a43d6a9bd220795fbe415d7c90e6b3120ad8"
-        "f08ad4378b16e58d4eb51caee08c9e32b4dc5f1a97424fa2"
+        "be701494fd8e1655dc06cfccea618266e10a6f638953237f442d8479d746b30ba556bebe566abe3dd4fdd2ea1bf8af61"
+        "c22b6c08c11cea2c62ed112432e6dd4cb3b61fba3d971bf65bef5ba4832a847706b85f906a17b573cb21550c9e99a4b3"
+        "85c7528cc8731e6852144311bbdd29555442ea783f4d158d"
     ),
     "irq_walk 2": (
-        "c7df04564b76c872e9744eedbe7e5d890b6b0566b608188ab126809949f94d74fd52e06284edd5cd0a0890bbffd897fe"
-        "43f190d99ff395f1ca8c3e3a166189cae9ef420fe57f7bde433fa75ade4fcaa25fd6fe114824c3b008bafc9cb8ce6d0f"
-        "05f2c98f2dff66ac4f699b9cd2651e530996f2e0b78bf1e8"
+        "7d51d07c626a1bb1dc5af3592a424d12dd95d62ccdf3d143c78524acf48efd270e1187c8f8fb5396edb7c06eaf358793"
+        "9c17cdb9b8a562a756beadcf5fb03670262fce6b9232ca3b2ddadb4693bcd571f9a4e6286eead2d0a8efbd1e518f607b"
+        "72e8266c1f74a4e0aca8d9bdc77cc1ab8d4376df920ae8ef"
+    ),
+    "object_walk 1": (
+        "2ea27ca5ddfae5f28b3f8d8f1ee48d6d5f341619a4927c07b541bf2182ebd22670390a3417718c0c7b6dacd3d392029b"
+        "cf8bab4eb0d52f651dea95a594ef4add734ff8b40e471569d6c34a602337153368e734ba04d97888a8f72c42a1ca6a12"
+        "b7629becf8272ad096072301a306dbebba52887cb5eb2f2a"
+    ),
+    "object_walk 2": (
+        "da1c30a6c9220e331d4955b499d7db956ff43c67599aea7b9306895955768de8afe3dce2ca7e216ff929d07bf5bd6dac"
+        "9b64681aca6c7a05021b3a23a8ef51bb91f5e89ce56bd2439716988141450ecc992d23667f211be9cde3a4171707e02c"
+        "5d3241d06e9c9604d6e84c7eebbfa1132a80917ef58f2746"
     ),
 }
 
 
-@pytest.mark.parametrize(("walk", "seed"), [(config_walk, 1), (config_walk, 2), (irq_walk, 1), (irq_walk, 2)])
+@pytest.mark.parametrize(
+    ("walk", "seed"),
+    [(config_walk, 1), (config_walk, 2), (irq_walk, 1), (irq_walk, 2), (object_walk, 1), (object_walk, 2)],
+)
 def test_walk_answers_as_the_real_kernel_does(device: VfioDevice, walk: object, seed: int) -> None:
     name = f"{walk.__name__} {seed}"  # type: ignore[attr-defined]
     lines = list(walk(device, seed))  # type: ignore[operator]
@@ -130,12 +218,11 @@ def test_walk_answers_as_the_real_kernel_does(device: VfioDevice, walk: object, 
 
 def _print_digests() -> None:
     kernel = LinuxBackend()
-    with kernel.open(DEV_IOMMU) as iommu:
-        for walk in (config_walk, irq_walk):
-            for seed in (1, 2):
-                with VfioDevice(kernel, edu_functions(kernel)[0]) as device:
-                    device.bind(iommu)
-                    print(f'    "{walk.__name__} {seed}": "{digests(list(walk(device, seed)))}",')
+    for walk in (config_walk, irq_walk, object_walk):
+        for seed in (1, 2):
+            with kernel.open(DEV_IOMMU) as iommu, VfioDevice(kernel, edu_functions(kernel)[0]) as device:
+                device.bind(iommu)
+                print(f'    "{walk.__name__} {seed}": "{digests(list(walk(device, seed)))}",')
 
 
 if __name__ == "__main__":

@@ -111,11 +111,13 @@ class VfioDevice:
         self.address = address
         self.node = node(kernel, address)
         self.file: File = kernel.open(self.node)
+        self.iommu: File | None = None
         self.devid = 0
         self._mappings: list[Mapping] = []
 
     def bind(self, iommu: File) -> int:
         """BIND to an open /dev/iommu: the device's object id there."""
+        self.iommu = iommu
         self.devid = VFIO_DEVICE_BIND_IOMMUFD(self.file, iommufd=iommu.fileno()).out_devid
         return self.devid
 
