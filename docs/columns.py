@@ -67,7 +67,7 @@ def main() -> None:
     text = README.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{section(model, real)}\n{END}{after}")
+    README.write_text(f"{before}{BEGIN}\n\n{section(model, real)}\n\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ from uapi.backend import Backend
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("iommulab")
-    group.addoption(
-        "--iommulab-machine", default="q35-vtd-legacy", metavar="NAME", help="the kernel fixture's machine"
-    )
+    group.addoption("--iommulab-machine", default="q35-vtd-legacy", metavar="NAME", help="the kernel fixture's machine")
     group.addoption("--iommulab-version", default="7.3", metavar="RELEASE", help="the kernel fixture's release")
 
 
