@@ -301,25 +301,28 @@ class ModelClient(ClientBase):
         except OSError:
             super().exit()
             raise
+        self._process.give_fd = self._give
+        self._process.close_fd = lambda number: self._child.call("close", number)
+
+    def _give(self, fd: int) -> int:
+        """Move a descriptor of ours into the client; its number there."""
+        try:
+            return self._child.pass_fd(fd)
+        finally:
+            os.close(fd)
 
     def open(self, path: str, flags: int = os.O_RDWR | os.O_CLOEXEC) -> ModelRemoteFile:
         kernel = self._kernel
         with kernel.entered():
             call = SystemCall(kernel, self._process)
             fd = kernel.install(kernel.files.open(call, path, flags), path)
-        try:
-            return self._given(fd, path)
-        finally:
-            os.close(fd)
+        return self._file(self._give(fd), path)
 
     def receive(self, file: File) -> ModelRemoteFile:
-        return self._given(file.fileno(), file.path)
+        return self._file(self._child.pass_fd(file.fileno()), file.path)
 
-    def _given(self, fd: int, path: str) -> ModelRemoteFile:
-        remote = self._child.pass_fd(fd)
-        return ModelRemoteFile(
-            self._kernel, self._process, remote, path, lambda number: self._child.call("close", number)
-        )
+    def _file(self, remote: int, path: str) -> ModelRemoteFile:
+        return ModelRemoteFile(self._kernel, self._process, remote, path, self._process.close_fd)
 
     def setrlimit(self, resource: int, soft: int, hard: int) -> None:
         if isinstance(self._process.credentials, HostCredentials):

@@ -260,11 +260,23 @@ class Kernel:
             description.release()
             raise KernelError(error.errno or errno.EMFILE, "no descriptor is left") from error
         ours.setblocking(False)
+        if type(description).poll is FileDescription.poll:
+            ours.send(b"\0")  # a file without a poll operation is always ready; select(2) sees this byte
         descriptor = Descriptor(ours, fstat(theirs.fileno())[1:3], description)
         self._descriptors[descriptor.key] = descriptor
         self._by_fd[ours.fileno()] = descriptor
         self._hangups.register(ours.fileno(), select.EPOLLHUP | select.EPOLLRDHUP)
         return theirs.detach()
+
+    def install_for(self, process: Process, description: FileDescription) -> int:
+        """A new descriptor in `process`, the one that made the call. EMFILE."""
+        fd = self.install(description)
+        return fd if process.is_self else process.give_fd(fd)
+
+    def close_for(self, process: Process, fd: int) -> None:
+        """Take a descriptor back that the call being served has just installed."""
+        process.close_fd(fd)
+        self.notice()
 
     def description(self, fd: int, process: Process | None = None) -> FileDescription:
         """fget(): the open file behind a descriptor of `process` (this one by default). EBADF."""

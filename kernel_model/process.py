@@ -17,6 +17,7 @@ import fcntl
 import os
 import resource
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import psutil
@@ -279,6 +280,9 @@ class Process:
         self.is_self = is_self
         self.credentials = credentials
         self.capable = credentials.capable
+        #: For another process: move a descriptor of ours into it (its number there), and close one there.
+        self.give_fd: Callable[[int], int] = lambda fd: fd
+        self.close_fd: Callable[[int], object] = os.close
 
     def stat_fd(self, fd: int) -> os.stat_result:
         """Identify one of the process's descriptors; OSError EBADF if it is not open."""

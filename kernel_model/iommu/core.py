@@ -98,6 +98,19 @@ class Domain(ABC):
         """
         raise KernelBug(f"{type(self).__name__} has no page table")
 
+    def map_small(self, iova: int, pa: int, length: int, prot: int) -> None:
+        """As `map`, in leaves of no more than 4 KiB (iommufd with IOMMU_OPTION_HUGE_PAGES off maps page by page)."""
+        done = 0
+        try:
+            while done < length:
+                step = min(4096, length - done)
+                self.map(iova + done, pa + done, step, prot)
+                done += step
+        except KernelError:
+            if done:
+                self.unmap(iova, done)
+            raise
+
     def unmap(self, iova: int, length: int) -> int:
         """iommu_unmap(): unmap whole leaves from `iova` on, flush, return the bytes unmapped.
 

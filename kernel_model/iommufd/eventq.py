@@ -7,7 +7,6 @@ the model's machines reports faults to user space yet: a queue can be made, give
 from __future__ import annotations
 
 import errno
-import os
 
 from kernel_model.errors import KernelError
 from kernel_model.file import POLLOUT, POLLWRNORM, FileDescription, SystemCall
@@ -67,7 +66,7 @@ def fault_alloc(ucmd: UserCommand[Context, iommu_fault_alloc]) -> None:
     fault = Fault(ctx)
     file = FaultFile(fault)
     try:
-        fd = ctx.kernel.install(file)
+        fd = ctx.kernel.install_for(ucmd.call.process, file)
     except KernelError:
         ctx.objects.abort(fault)
         raise
@@ -76,8 +75,7 @@ def fault_alloc(ucmd: UserCommand[Context, iommu_fault_alloc]) -> None:
     try:
         ucmd.respond()
     except KernelError:
-        os.close(fd)
-        ctx.kernel.notice()
+        ctx.kernel.close_for(ucmd.call.process, fd)
         ctx.objects.abort(fault)
         raise
     ctx.objects.finalize(fault)

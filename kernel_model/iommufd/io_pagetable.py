@@ -251,10 +251,11 @@ class IoPagetable:
 
     def _map_domain(self, domain: Domain, area: Area, runs: Runs) -> None:
         iova, left, offset = area.iova, area.length, area.page_offset
+        map_run = domain.map_small if self.disable_large_pages else domain.map
         try:
             for address, npages in runs:
                 size = min((npages << PAGE_SHIFT) - offset, left)
-                self._map_run(domain, iova, address + offset, size, area.prot)
+                map_run(iova, address + offset, size, area.prot)
                 iova += size
                 left -= size
                 offset = 0
@@ -264,21 +265,6 @@ class IoPagetable:
             raise
         if left:
             raise KernelBug(f"{left:#x} bytes of an area have no pages")
-
-    def _map_run(self, domain: Domain, iova: int, address: int, size: int, prot: int) -> None:
-        if not self.disable_large_pages:
-            domain.map(iova, address, size, prot)
-            return
-        done = 0
-        try:
-            while done < size:
-                step = min(PAGE_SIZE, size - done)
-                domain.map(iova + done, address + done, step, prot)
-                done += step
-        except KernelError:
-            if done:
-                domain.unmap(iova, done)
-            raise
 
     def unmap_range(self, first: int, last: int) -> int:
         """`unmap_each` for callers who need no more than the bytes removed."""

@@ -25,6 +25,9 @@ from kernel_model.process import CAP_IPC_LOCK, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE,
 if TYPE_CHECKING:
     from kernel_model.kernel import Kernel
 
+#: Pages of the host. A kernel that pins more, say of a sparse mapping, runs out of memory on the way.
+_HOST_PAGES = os.sysconf("SC_PHYS_PAGES")
+
 #: Physically contiguous pieces of a mapping: (physical address, pages).
 Runs = list[tuple[int, int]]
 
@@ -122,6 +125,8 @@ class Pages:
             raise
 
     def _pin(self, first: int, last: int) -> Runs:
+        if last - first >= _HOST_PAGES:
+            raise KernelError(errno.ENOMEM, f"{last - first + 1} pages are more than the machine has")
         if not self._pinned:
             runs = self.resolve(first, last)
             self._charge(last - first + 1)

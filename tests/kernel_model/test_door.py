@@ -15,8 +15,8 @@ import pytest
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.file import FileDescription, SystemCall
 from kernel_model.kernel import Kernel
-from uapi.backend import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, File
-from uapi.iommufd import IOMMU_DESTROY, IOMMU_IOAS_ALLOC, IOMMU_IOAS_MAP
+from uapi.backend import DEV_IOMMU, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, File
+from uapi.iommufd import IOMMU_DESTROY, IOMMU_FAULT_QUEUE_ALLOC, IOMMU_IOAS_ALLOC, IOMMU_IOAS_MAP
 
 PAGE = 4096
 
@@ -512,3 +512,26 @@ def test_scm_rights_message_that_nobody_reads_keeps_the_file(kernel: Kernel, pro
     theirs.close()
     kernel.status("VmPin")
     assert probe.log == ["released"]
+
+
+def test_a_file_without_a_poll_operation_is_always_readable_to_select(kernel: Kernel) -> None:
+    with kernel.open(DEV_IOMMU) as iommu:
+        assert select.select([iommu], [], [], 0)[0] == [iommu]
+
+
+def test_an_empty_fault_queue_is_not_readable_to_select(kernel: Kernel) -> None:
+    with kernel.open(DEV_IOMMU) as iommu:
+        fd = IOMMU_FAULT_QUEUE_ALLOC(iommu).out_fault_fd
+        assert select.select([fd], [], [], 0)[0] == []
+        os.close(fd)
+
+
+def test_a_descriptor_made_for_a_client_is_open_in_the_client(kernel: Kernel) -> None:
+    with kernel.spawn() as client:
+        ours = os.listdir("/proc/self/fd")
+        iommu = client.open(DEV_IOMMU)
+        arg = IOMMU_FAULT_QUEUE_ALLOC.make()
+        iommu.ioctl(IOMMU_FAULT_QUEUE_ALLOC.number, arg)
+        assert str(arg.out_fault_fd) in os.listdir(f"/proc/{client.pid}/fd")
+        # One end of each of the two socket pairs is the model's; none of the client's ends is.
+        assert len(os.listdir("/proc/self/fd")) == len(ours) + 2

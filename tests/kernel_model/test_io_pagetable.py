@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kernel_model.errors import KernelError
 from kernel_model.interval import U64_MAX
+from kernel_model.iommu.core import Domain
 from kernel_model.iommufd.io_pagetable import IOMMU_READ, IOMMU_WRITE, IoPagetable
 from kernel_model.iommufd.pages import Pages, Runs
 from kernel_model.process import Credentials, Mm, Process, User
@@ -73,6 +74,8 @@ class FakeDomain:
         for offset in range(0, length, PAGE):
             assert iova + offset not in self.pages
             self.pages[iova + offset] = (address + offset, prot)
+
+    map_small = Domain.map_small
 
     def unmap(self, iova: int, length: int) -> int:
         for offset in range(0, length, PAGE):

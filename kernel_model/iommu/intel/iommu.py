@@ -203,7 +203,13 @@ class SecondStageDomain(Domain):
     # -- mappings ----------------------------------------------------------------------------------------------------
 
     def map(self, iova: int, pa: int, length: int, prot: int) -> None:
-        freed = self.table.map(iova, pa, length, prot, self.pgsize_bitmap)
+        self._map(iova, pa, length, prot, self.pgsize_bitmap)
+
+    def map_small(self, iova: int, pa: int, length: int, prot: int) -> None:
+        self._map(iova, pa, length, prot, self.pgsize_bitmap & -self.pgsize_bitmap)
+
+    def _map(self, iova: int, pa: int, length: int, prot: int, sizes: int) -> None:
+        freed = self.table.map(iova, pa, length, prot, sizes)
         if freed:
             self.cache_tags.flush_range(iova, iova + length - 1)
             self._free(freed)
