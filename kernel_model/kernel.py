@@ -35,6 +35,7 @@ from kernel_model.shared_files import SharedFiles
 from kernel_model.subsystems import boot
 from kernel_model.vfs import FileSystem
 from uapi.cstruct import OLDEST
+from uapi.profile import profile
 from uapi.version import NEWEST, parse
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class Kernel:
         if not parse(OLDEST).series <= parse(version).series <= parse(NEWEST).series:
             raise ValueError(f"{version} is no release that the model knows: {OLDEST} to {NEWEST}")
         self.release = version
+        #: What that release has: ioctls, constants, structs.
+        self.profile = profile(version)
         self.machine = build_machine(machine) if isinstance(machine, str) else machine
         self.memory = self.machine.memory
         self.pages = PageAllocator(self.memory)

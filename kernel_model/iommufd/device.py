@@ -336,6 +336,9 @@ def _change_pt(
     return hwpt.id, old
 
 
+_CAPABILITIES = ("IOMMU_HW_CAP_DIRTY_TRACKING", "IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED")
+
+
 @table.handles(IOMMU_GET_HW_INFO)
 def get_hw_info(ucmd: UserCommand[Context, iommu_hw_info]) -> None:
     """EOPNOTSUPP: unknown flags or reserved bytes. ENOENT: device. EOPNOTSUPP: the driver has no such type. EFAULT.
@@ -343,7 +346,8 @@ def get_hw_info(ucmd: UserCommand[Context, iommu_hw_info]) -> None:
     The driver's struct is cut or zero-padded to the caller's length; `data_len` returns the kernel's own.
     """
     cmd, call = ucmd.cmd, ucmd.call
-    if cmd.flags & ~IOMMU_HW_INFO_FLAG_INPUT_TYPE:
+    profile = ucmd.ctx.kernel.profile
+    if cmd.flags & ~profile.mask("IOMMU_HW_INFO_FLAG_INPUT_TYPE"):
         raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x}")
     if any(cmd.__reserved):
         raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
@@ -368,6 +372,7 @@ def get_hw_info(ucmd: UserCommand[Context, iommu_hw_info]) -> None:
         cmd.out_capabilities |= IOMMU_HW_CAP_DIRTY_TRACKING
     if not driver.capable(idev.dev, core.IOMMU_CAP_PCI_ATS_SUPPORTED):
         cmd.out_capabilities |= IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED
+    cmd.out_capabilities &= profile.mask(*_CAPABILITIES)
     pasids = driver.max_pasids(idev.dev)
     cmd.out_max_pasid_log2 = pasids.bit_length() - 1 if pasids else 0
     ucmd.respond()

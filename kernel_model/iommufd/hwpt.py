@@ -25,7 +25,10 @@ from uapi.iommufd import (
 )
 
 _FLAGS = (
-    IOMMU_HWPT_ALLOC_NEST_PARENT | IOMMU_HWPT_ALLOC_DIRTY_TRACKING | IOMMU_HWPT_FAULT_ID_VALID | IOMMU_HWPT_ALLOC_PASID
+    "IOMMU_HWPT_ALLOC_NEST_PARENT",
+    "IOMMU_HWPT_ALLOC_DIRTY_TRACKING",
+    "IOMMU_HWPT_FAULT_ID_VALID",
+    "IOMMU_HWPT_ALLOC_PASID",
 )
 
 
@@ -96,7 +99,7 @@ def paging_alloc(
     driver = dev.iommu
     if driver is None:
         raise KernelError(errno.ENODEV, "the device has no IOMMU")
-    if flags & ~_FLAGS:
+    if flags & ~ctx.kernel.profile.mask(*_FLAGS):
         raise KernelError(errno.EOPNOTSUPP, f"flags {flags:#x}")
     if flags & IOMMU_HWPT_ALLOC_DIRTY_TRACKING and not driver.capable(dev, core.IOMMU_CAP_DIRTY_TRACKING):
         raise KernelError(errno.EOPNOTSUPP, "the device's IOMMU tracks no dirty pages")
