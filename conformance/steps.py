@@ -20,6 +20,7 @@ from conformance.arena import Arena
 from uapi.backend import File
 from uapi.iommufd import (
     IOMMU_DESTROY,
+    IOMMU_HWPT_ALLOC,
     IOMMU_IOAS_ALLOC,
     IOMMU_IOAS_ALLOW_IOVAS,
     IOMMU_IOAS_COPY,
@@ -85,6 +86,11 @@ def answer(call: Any, *args: Any, **kwargs: Any) -> int:
 def ioas_alloc(iommu: File) -> int:
     """IOMMU_IOAS_ALLOC; the new id."""
     return IOMMU_IOAS_ALLOC(iommu).out_ioas_id
+
+
+def hwpt_alloc(iommu: File, dev_id: int, pt_id: int, flags: int = 0, **fields: int) -> int:
+    """HWPT_ALLOC for a bound device on an IOAS; its id."""
+    return IOMMU_HWPT_ALLOC(iommu, dev_id=dev_id, pt_id=pt_id, flags=flags, **fields).out_hwpt_id
 
 
 def destroy(iommu: File, object_id: int) -> None:

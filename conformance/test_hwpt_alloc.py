@@ -21,6 +21,7 @@ from conformance.steps import (
     U64_MAX,
     destroy,
     fails,
+    hwpt_alloc,
     ioas_alloc,
     iova_ranges,
     map_user,
@@ -49,10 +50,6 @@ pytestmark = pytest.mark.needs("iommu", "root", "vfio_cdev")
 NEST_PARENT, DIRTY = IOMMU_HWPT_ALLOC_NEST_PARENT, IOMMU_HWPT_ALLOC_DIRTY_TRACKING
 VTD_SIZE = ctypes.sizeof(iommu_hw_info_vtd)
 PASID, FAULT = IOMMU_HWPT_ALLOC_PASID, IOMMU_HWPT_FAULT_ID_VALID
-
-
-def hwpt_alloc(iommu: File, dev_id: int, pt_id: int, **fields: int) -> int:
-    return IOMMU_HWPT_ALLOC(iommu, dev_id=dev_id, pt_id=pt_id, **fields).out_hwpt_id
 
 
 def test_hwpt_takes_the_next_id(device: VfioDevice, iommu: File, ioas: int) -> None:

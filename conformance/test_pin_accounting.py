@@ -20,6 +20,7 @@ from conformance.steps import (
     copy,
     destroy,
     fails,
+    hwpt_alloc,
     ioas_alloc,
     map_file,
     map_user,
@@ -65,10 +66,6 @@ class Payer:
         return self.client.status("VmPin") // KIB, self.client.status("VmLck") // KIB
 
 
-def hwpt_alloc(iommu: File, device: VfioDevice, ioas: int) -> int:
-    return IOMMU_HWPT_ALLOC(iommu, dev_id=device.devid, pt_id=ioas).out_hwpt_id
-
-
 @pytest.fixture
 def mode(iommu: File) -> str:
     """Overridden by parametrize."""
@@ -91,7 +88,7 @@ def client(kernel: Backend) -> Iterator[Client]:
 
 @pytest.fixture
 def hwpt(device: VfioDevice, iommu: File, ioas: int) -> int:
-    return hwpt_alloc(iommu, device, ioas)
+    return hwpt_alloc(iommu, device.devid, ioas)
 
 
 def locked(mode: str, pages: int) -> tuple[int, int]:
@@ -122,7 +119,7 @@ def test_lazy_map_is_charged_when_the_domain_comes_and_until_it_goes(
     payer = Payer(client, iommu, mode)
     payer.map(ioas, 10)
     assert payer.charged() == (0, 0)
-    hwpt = hwpt_alloc(iommu, device, ioas)
+    hwpt = hwpt_alloc(iommu, device.devid, ioas)
     assert payer.charged() == locked(mode, 10)
     destroy(iommu, hwpt)
     assert payer.charged() == (0, 0)
@@ -132,7 +129,7 @@ def test_lazy_map_is_charged_when_the_domain_comes_and_until_it_goes(
 def test_second_domain_costs_nothing(device: VfioDevice, iommu: File, ioas: int, client: Client, mode: str) -> None:
     payer = Payer(client, iommu, mode)
     payer.map(ioas, 10)
-    hwpts = [hwpt_alloc(iommu, device, ioas) for _ in range(3)]
+    hwpts = [hwpt_alloc(iommu, device.devid, ioas) for _ in range(3)]
     assert payer.charged() == locked(mode, 10)
     for hwpt in hwpts[:2]:
         destroy(iommu, hwpt)
@@ -279,10 +276,10 @@ def test_domain_over_the_limit_is_enomem_and_is_undone(
     payer.map(ioas, 10)
     payer.map(ioas, 10, iova=2 * IOVA)
     with fails(errno.ENOMEM):
-        hwpt_alloc(iommu, device, ioas)
+        hwpt_alloc(iommu, device.devid, ioas)
     assert payer.charged() == (0, 0)
     unmap(iommu, ioas, IOVA, 10 * PAGE)
-    hwpt_alloc(iommu, device, ioas)
+    hwpt_alloc(iommu, device.devid, ioas)
     assert payer.charged() == locked(mode, 10)
 
 
@@ -292,7 +289,7 @@ def test_limit_is_looked_up_at_the_pin(device: VfioDevice, iommu: File, ioas: in
     payer.map(ioas, 10)
     payer.limit(9)
     with fails(errno.ENOMEM):
-        hwpt_alloc(iommu, device, ioas)
+        hwpt_alloc(iommu, device.devid, ioas)
 
 
 @LIMITED
@@ -301,7 +298,7 @@ def test_mode_is_latched_at_the_map(device: VfioDevice, iommu: File, ioas: int, 
     payer = Payer(client, iommu, NONE, limit=4)
     payer.map(ioas, 10)
     client.drop_capabilities(CAP_IPC_LOCK)
-    hwpt_alloc(iommu, device, ioas)
+    hwpt_alloc(iommu, device.devid, ioas)
     assert payer.charged() == (10, 0)
     with fails(errno.ENOMEM):
         payer.map(ioas, 5, iova=2 * IOVA)
