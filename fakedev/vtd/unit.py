@@ -7,8 +7,8 @@ driver which forgets to invalidate after mapping is found out.
 
 Left out: scalable mode, device TLBs, page requests, protected memory regions, paging-structure caches. INTERRUPT
 REMAPPING IS A CAPABILITY BIT ONLY: IRTA, SIRTP and IRE are accepted and shown in GSTS, and a write to 0xFEEx_xxxx goes
-to the interrupt controller as it is. UNVERIFIED: an illegal request to that range is recorded as reason 0Eh; the manual
-says that it is a fault, not which.
+to the interrupt controller as it is. UNVERIFIED: a request to that range that is no interrupt (a read, another length)
+is aborted by the device's port and leaves no fault record; the manual says that it is a fault, not which.
 """
 
 from __future__ import annotations
