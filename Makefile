@@ -51,6 +51,7 @@ coverage: $(VENV)/test.stamp
 	$(BIN)/iommulab coverage $(ARGS)
 
 soak: $(VENV)/test.stamp
+	IOMMULAB_SOAK=1 $(BIN)/python -m pytest -n auto $(ARGS)
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
 lint: $(VENV)/test.stamp
