@@ -1,0 +1,354 @@
+"""What a bound device says of its IOMMU, and the page tables that are made for it: GET_HW_INFO and HWPT_ALLOC.
+
+Mirrors iommufd_get_hw_info() and hw_pagetable.c of drivers/iommu/iommufd with the VT-d driver behind them. What holds
+what, and what mappings do beside a domain, is in test_vfio_iommufd.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+
+import pytest
+
+from conformance.arena import arena
+from conformance.drivers.vfio import VfioDevice
+from conformance.steps import (
+    NOWHERE,
+    PAGE,
+    U32_MAX,
+    U64_MAX,
+    destroy,
+    fails,
+    hwpt_alloc,
+)
+from uapi.backend import Backend, File
+from uapi.iommufd import (
+    IOMMU_FAULT_QUEUE_ALLOC,
+    IOMMU_GET_HW_INFO,
+    IOMMU_HW_CAP_DIRTY_TRACKING,
+    IOMMU_HW_INFO_FLAG_INPUT_TYPE,
+    IOMMU_HW_INFO_TYPE_ARM_SMMUV3,
+    IOMMU_HW_INFO_TYPE_INTEL_VTD,
+    IOMMU_HWPT_ALLOC,
+    IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
+    IOMMU_HWPT_ALLOC_NEST_PARENT,
+    IOMMU_HWPT_ALLOC_PASID,
+    IOMMU_HWPT_DATA_VTD_S1,
+    IOMMU_HWPT_FAULT_ID_VALID,
+    IOMMU_HWPT_GET_DIRTY_BITMAP,
+    IOMMU_HWPT_INVALIDATE,
+    IOMMU_HWPT_SET_DIRTY_TRACKING,
+    iommu_hw_info_vtd,
+    iommu_hwpt_invalidate,
+)
+from uapi.vfio import (
+    VFIO_DEVICE_ATTACH_IOMMUFD_PT,
+    VFIO_DEVICE_ATTACH_PASID,
+    VFIO_DEVICE_DETACH_IOMMUFD_PT,
+    VFIO_DEVICE_DETACH_PASID,
+)
+
+pytestmark = pytest.mark.needs("iommu", "root", "vfio_cdev")
+
+VTD_LENGTH = ctypes.sizeof(iommu_hw_info_vtd)
+
+
+# ---------------------------------------------------------------------------------------------------------- GET_HW_INFO
+
+
+def test_hw_info_says_vtd_and_its_length(device: VfioDevice, iommu: File) -> None:
+    info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid)
+    assert (info.out_data_type, info.data_len) == (IOMMU_HW_INFO_TYPE_INTEL_VTD, VTD_LENGTH)
+
+
+def test_hw_info_registers_are_those_of_the_unit(device: VfioDevice, iommu: File) -> None:
+    vtd = iommu_hw_info_vtd()
+    IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=VTD_LENGTH, data_uptr=ctypes.addressof(vtd))
+    assert bytes(vtd)[4:8] == bytes(4)
+    assert vtd.cap_reg != 0
+    assert vtd.cap_reg >> 16 & 0x3F == 47  # MGAW: 48-bit guest addresses
+    assert vtd.ecap_reg & 0x2  # queued invalidation
+
+
+def test_hw_info_fills_what_fits(device: VfioDevice, iommu: File) -> None:
+    data = (ctypes.c_uint8 * 64)(*[0xA5] * 64)
+    info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=12, data_uptr=ctypes.addressof(data))
+    assert info.data_len == VTD_LENGTH
+    assert bytes(data[12:]) == b"\xa5" * 52
+
+
+def test_hw_info_zeroes_the_room_behind_it(device: VfioDevice, iommu: File) -> None:
+    data = (ctypes.c_uint8 * 64)(*[0xA5] * 64)
+    info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=60, data_uptr=ctypes.addressof(data))
+    assert info.data_len == VTD_LENGTH
+    assert bytes(data[VTD_LENGTH:]) == bytes(60 - VTD_LENGTH) + b"\xa5" * 4
+
+
+def test_hw_info_with_no_room_does_not_look_at_the_pointer(device: VfioDevice, iommu: File) -> None:
+    assert IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_uptr=NOWHERE).data_len == VTD_LENGTH
+
+
+def test_hw_info_to_bad_memory_is_efault(device: VfioDevice, iommu: File) -> None:
+    with fails(errno.EFAULT):
+        IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=VTD_LENGTH, data_uptr=NOWHERE)
+
+
+def test_hw_info_whose_padding_cannot_be_written_is_efault(device: VfioDevice, iommu: File) -> None:
+    with arena(2) as memory:
+        memory.unmap(1)
+        at = memory.page(1) - VTD_LENGTH
+        IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=VTD_LENGTH, data_uptr=at)
+        with fails(errno.EFAULT):
+            IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=VTD_LENGTH + 1, data_uptr=at)
+
+
+def test_hw_info_of_another_object_is_enoent(device: VfioDevice, iommu: File, ioas: int) -> None:
+    with fails(errno.ENOENT):
+        IOMMU_GET_HW_INFO(iommu, dev_id=ioas)
+
+
+@pytest.mark.since("6.17")
+def test_hw_info_ignores_the_type_without_the_flag(device: VfioDevice, iommu: File) -> None:
+    info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, in_data_type=IOMMU_HW_INFO_TYPE_ARM_SMMUV3)
+    assert info.out_data_type == IOMMU_HW_INFO_TYPE_INTEL_VTD
+
+
+@pytest.mark.since("6.17")
+def test_hw_info_of_a_type_that_the_driver_lacks_is_eopnotsupp(device: VfioDevice, iommu: File) -> None:
+    for wanted in (IOMMU_HW_INFO_TYPE_ARM_SMMUV3, 99, U32_MAX):
+        with fails(errno.EOPNOTSUPP):
+            IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, flags=IOMMU_HW_INFO_FLAG_INPUT_TYPE, in_data_type=wanted)
+
+
+@pytest.mark.since("6.17")
+@pytest.mark.parametrize("wanted", [0, IOMMU_HW_INFO_TYPE_INTEL_VTD], ids=["default", "vtd"])
+def test_hw_info_of_a_type_that_the_driver_has(device: VfioDevice, iommu: File, wanted: int) -> None:
+    info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, flags=IOMMU_HW_INFO_FLAG_INPUT_TYPE, in_data_type=wanted)
+    assert info.out_data_type == IOMMU_HW_INFO_TYPE_INTEL_VTD
+
+
+@pytest.mark.since("6.17")
+def test_hw_info_asks_the_driver_before_it_writes(device: VfioDevice, iommu: File) -> None:
+    with fails(errno.EOPNOTSUPP):
+        IOMMU_GET_HW_INFO(
+            iommu,
+            dev_id=device.devid,
+            flags=IOMMU_HW_INFO_FLAG_INPUT_TYPE,
+            in_data_type=99,
+            data_len=4,
+            data_uptr=NOWHERE,
+        )
+
+
+@pytest.mark.since("6.7")
+def test_hw_info_offers_no_dirty_tracking_in_legacy_mode(device: VfioDevice, iommu: File) -> None:
+    assert IOMMU_GET_HW_INFO(iommu, dev_id=device.devid).out_capabilities & IOMMU_HW_CAP_DIRTY_TRACKING == 0
+
+
+@pytest.mark.since("6.15")
+def test_hw_info_has_no_pasids_for_a_device_without_them(device: VfioDevice, iommu: File) -> None:
+    assert IOMMU_GET_HW_INFO(iommu, dev_id=device.devid).out_max_pasid_log2 == 0
+
+
+@pytest.mark.since("7.2")
+def test_hw_info_says_that_ats_cannot_be_used(device: VfioDevice, iommu: File) -> None:
+    info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, out_capabilities=U64_MAX)
+    assert info.out_capabilities == 8
+
+
+# ----------------------------------------------------------------------------------------------------------- HWPT_ALLOC
+
+
+def test_hwpt_alloc_takes_the_lowest_free_id(device: VfioDevice, iommu: File, ioas: int) -> None:
+    assert hwpt_alloc(iommu, device.devid, ioas) == 3
+    assert hwpt_alloc(iommu, device.devid, ioas) == 4
+    destroy(iommu, 3)
+    assert hwpt_alloc(iommu, device.devid, ioas) == 3
+
+
+@pytest.mark.parametrize("pt_id", [0, 99, U32_MAX])
+def test_hwpt_alloc_on_a_missing_page_table_is_einval(device: VfioDevice, iommu: File, pt_id: int) -> None:
+    with fails(errno.EINVAL):
+        hwpt_alloc(iommu, device.devid, pt_id)
+
+
+def test_hwpt_alloc_on_a_device_is_einval(device: VfioDevice, iommu: File) -> None:
+    with fails(errno.EINVAL):
+        hwpt_alloc(iommu, device.devid, device.devid)
+
+
+def test_hwpt_alloc_for_an_object_that_is_no_device_is_enoent(device: VfioDevice, iommu: File, ioas: int) -> None:
+    with fails(errno.ENOENT):
+        IOMMU_HWPT_ALLOC(iommu, dev_id=ioas, pt_id=ioas)
+
+
+@pytest.mark.parametrize("flags", [1 << 4, 1 << 31])
+def test_hwpt_alloc_with_an_unknown_flag_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int, flags: int) -> None:
+    with fails(errno.EOPNOTSUPP):
+        hwpt_alloc(iommu, device.devid, ioas, flags)
+
+
+def test_hwpt_alloc_looks_at_the_page_table_before_the_flags(device: VfioDevice, iommu: File) -> None:
+    with fails(errno.EINVAL):
+        hwpt_alloc(iommu, device.devid, 99, 1 << 31)
+
+
+@pytest.mark.since("6.7")
+def test_hwpt_alloc_of_a_nest_parent_is_eopnotsupp_in_legacy_mode(device: VfioDevice, iommu: File, ioas: int) -> None:
+    with fails(errno.EOPNOTSUPP):
+        hwpt_alloc(iommu, device.devid, ioas, IOMMU_HWPT_ALLOC_NEST_PARENT)
+
+
+@pytest.mark.since("6.7")
+def test_hwpt_alloc_with_dirty_tracking_is_eopnotsupp_in_legacy_mode(
+    device: VfioDevice, iommu: File, ioas: int
+) -> None:
+    with fails(errno.EOPNOTSUPP):
+        hwpt_alloc(iommu, device.devid, ioas, IOMMU_HWPT_ALLOC_DIRTY_TRACKING)
+
+
+@pytest.mark.since("6.13")
+def test_hwpt_alloc_for_pasids_works_without_any(device: VfioDevice, iommu: File, ioas: int) -> None:
+    assert device.attach(hwpt_alloc(iommu, device.devid, ioas, IOMMU_HWPT_ALLOC_PASID)) == 3
+
+
+@pytest.mark.since("6.15")
+def test_attach_of_a_pasid_to_a_device_without_them_succeeds(device: VfioDevice, iommu: File, ioas: int) -> None:
+    """The core does not check the PASID where no device of the group can use one: nothing is written anywhere."""
+    hwpt = hwpt_alloc(iommu, device.devid, ioas, IOMMU_HWPT_ALLOC_PASID)
+    reply = VFIO_DEVICE_ATTACH_IOMMUFD_PT(device.file, flags=VFIO_DEVICE_ATTACH_PASID, pasid=1, pt_id=hwpt)
+    assert reply.pt_id == hwpt
+    with fails(errno.EBUSY):
+        destroy(iommu, hwpt)
+    VFIO_DEVICE_DETACH_IOMMUFD_PT(device.file, flags=VFIO_DEVICE_DETACH_PASID, pasid=1)
+    destroy(iommu, hwpt)
+
+
+@pytest.mark.since("6.7")
+def test_hwpt_alloc_on_an_ioas_with_data_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int) -> None:
+    with fails(errno.EOPNOTSUPP):
+        IOMMU_HWPT_ALLOC(
+            iommu,
+            dev_id=device.devid,
+            pt_id=ioas,
+            data_type=IOMMU_HWPT_DATA_VTD_S1,
+            data_len=16,
+            data_uptr=NOWHERE,
+        )
+
+
+@pytest.mark.since("6.7")
+def test_hwpt_alloc_nested_in_an_automatic_hwpt_is_einval(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt = device.attach(ioas)
+    with fails(errno.EINVAL):
+        IOMMU_HWPT_ALLOC(
+            iommu,
+            dev_id=device.devid,
+            pt_id=hwpt,
+            data_type=IOMMU_HWPT_DATA_VTD_S1,
+            data_len=16,
+            data_uptr=NOWHERE,
+        )
+
+
+@pytest.mark.since("6.7")
+def test_hwpt_alloc_nested_in_a_hwpt_that_is_no_parent_is_einval(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt = hwpt_alloc(iommu, device.devid, ioas)
+    with fails(errno.EINVAL):
+        IOMMU_HWPT_ALLOC(
+            iommu,
+            dev_id=device.devid,
+            pt_id=hwpt,
+            data_type=IOMMU_HWPT_DATA_VTD_S1,
+            data_len=16,
+            data_uptr=NOWHERE,
+        )
+
+
+def test_hwpt_alloc_nested_without_data_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt = hwpt_alloc(iommu, device.devid, ioas)
+    with fails(errno.EOPNOTSUPP):
+        hwpt_alloc(iommu, device.devid, hwpt)
+
+
+@pytest.mark.since("7.3")  # 6.12 answers EOPNOTSUPP to a paging HWPT with faults on VT-d
+def test_hwpt_alloc_with_a_fault_queue_that_is_missing_is_enoent(device: VfioDevice, iommu: File, ioas: int) -> None:
+    with fails(errno.ENOENT):
+        IOMMU_HWPT_ALLOC(iommu, dev_id=device.devid, pt_id=ioas, flags=IOMMU_HWPT_FAULT_ID_VALID, fault_id=99)
+    assert hwpt_alloc(iommu, device.devid, ioas) == 3  # the failed one left no id and no reference
+    destroy(iommu, 3)
+    destroy(iommu, ioas)
+
+
+@pytest.mark.since("6.11")
+def test_hwpt_alloc_of_a_nest_parent_with_faults_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int) -> None:
+    with fails(errno.EOPNOTSUPP):
+        hwpt_alloc(iommu, device.devid, ioas, IOMMU_HWPT_FAULT_ID_VALID | IOMMU_HWPT_ALLOC_NEST_PARENT)
+
+
+@pytest.mark.since("6.11")
+def test_hwpt_alloc_ignores_the_fault_id_without_the_flag(device: VfioDevice, iommu: File, ioas: int) -> None:
+    IOMMU_HWPT_ALLOC(iommu, dev_id=device.devid, pt_id=ioas, fault_id=99)
+
+
+@pytest.mark.since("7.3")  # 6.12 answers EOPNOTSUPP to a paging HWPT with faults on VT-d
+def test_hwpt_holds_its_fault_queue(kernel: Backend, device: VfioDevice, iommu: File, ioas: int) -> None:
+    queue = IOMMU_FAULT_QUEUE_ALLOC(iommu)
+    kernel.adopt(queue.out_fault_fd).close()
+    hwpt = IOMMU_HWPT_ALLOC(
+        iommu, dev_id=device.devid, pt_id=ioas, flags=IOMMU_HWPT_FAULT_ID_VALID, fault_id=queue.out_fault_id
+    ).out_hwpt_id
+    with fails(errno.EBUSY):
+        destroy(iommu, queue.out_fault_id)
+    destroy(iommu, hwpt)
+    destroy(iommu, queue.out_fault_id)
+
+
+@pytest.mark.since("6.11")
+def test_hwpt_alloc_does_not_look_at_the_second_reserved_field_even_with_a_device(
+    device: VfioDevice, iommu: File, ioas: int
+) -> None:
+    assert IOMMU_HWPT_ALLOC(iommu, dev_id=device.devid, pt_id=ioas, __reserved2=1).out_hwpt_id == 3
+
+
+def test_hwpt_alloc_attaches_nothing(device: VfioDevice, iommu: File, ioas: int) -> None:
+    destroy(iommu, hwpt_alloc(iommu, device.devid, ioas))
+
+
+def test_hwpt_alloc_whose_reply_cannot_be_written_leaves_nothing(device: VfioDevice, iommu: File, ioas: int) -> None:
+    with arena(1) as memory:
+        memory.write(memory.address, IOMMU_HWPT_ALLOC.make(dev_id=device.devid, pt_id=ioas))
+        memory.read_only(0)
+        with fails(errno.EFAULT):
+            IOMMU_HWPT_ALLOC.raw(iommu, memory.address)
+    destroy(iommu, ioas)
+
+
+# --------------------------------------------------------------------------------- what a HWPT without features refuses
+
+
+@pytest.mark.since("6.7")
+def test_set_dirty_tracking_of_a_hwpt_without_it_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt = hwpt_alloc(iommu, device.devid, ioas)
+    for flags in (0, 1):
+        with fails(errno.EOPNOTSUPP):
+            IOMMU_HWPT_SET_DIRTY_TRACKING(iommu, hwpt_id=hwpt, flags=flags)
+
+
+@pytest.mark.since("6.7")
+def test_get_dirty_bitmap_of_a_hwpt_without_tracking_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int) -> None:
+    hwpt = hwpt_alloc(iommu, device.devid, ioas)
+    with fails(errno.EOPNOTSUPP):
+        IOMMU_HWPT_GET_DIRTY_BITMAP(iommu, hwpt_id=hwpt, iova=0, length=PAGE, page_size=PAGE, data=NOWHERE)
+    with fails(errno.EINVAL):  # its own arguments come first
+        IOMMU_HWPT_GET_DIRTY_BITMAP(iommu, hwpt_id=hwpt, iova=0, length=0, page_size=PAGE, data=NOWHERE)
+
+
+@pytest.mark.since("6.13")  # before vIOMMUs it was ENOENT
+def test_invalidate_of_a_paging_hwpt_is_einval(device: VfioDevice, iommu: File, ioas: int) -> None:
+    cmd = iommu_hwpt_invalidate(
+        size=ctypes.sizeof(iommu_hwpt_invalidate), hwpt_id=hwpt_alloc(iommu, device.devid, ioas), entry_num=0
+    )
+    with fails(errno.EINVAL):
+        IOMMU_HWPT_INVALIDATE.raw(iommu, cmd)
