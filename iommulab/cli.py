@@ -12,6 +12,7 @@ from iommulab.errors import UserError
 #: Each command's module, in the order of the help.
 COMMANDS = {
     "conformance": "suite",
+    "run": "run",
     "compare": "compare",
     "kernel": "kernel_build",
     "uapi": "uapi_cli",
