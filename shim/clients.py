@@ -19,12 +19,22 @@ _LIMIT = re.compile(r"^Max open files\s+(\d+)", re.M)
 
 
 class ClientCredentials(HostCredentials):
-    """What the host says of a process; but whoever may start the supervisor may open the model's nodes."""
+    """What the host says of a process, but for what the supervisor itself was not given.
+
+    Root in a container lacks capabilities that root has on the machine of the model; as root, a client has those too.
+    And whoever may start the supervisor may open the model's nodes.
+    """
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(pid)
+        self._own = HostCredentials(os.getpid())
 
     def capable(self, capability: int) -> bool:
-        if capability == CAP_DAC_OVERRIDE and os.geteuid() != 0:
+        if super().capable(capability):
             return True
-        return super().capable(capability)
+        if self._own.capable(capability):
+            return False
+        return self.uid() == 0 or (capability == CAP_DAC_OVERRIDE and os.geteuid() != 0)
 
 
 class Client:
