@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from conformance.drivers.vfio import take
 from iommulab.errors import UserError
 from kernel_model.kernel import Kernel
 from shim.launch import CannotRun, run_program
@@ -14,6 +15,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser("run", help="run a program, unmodified, on the model", description=__doc__)
     parser.add_argument("--machine", default="q35-vtd-legacy", metavar="NAME", help="the hardware: %(default)s")
     parser.add_argument("--version", default=NEWEST, metavar="V", help="the release of the kernel: %(default)s")
+    parser.add_argument(
+        "--bind",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="give a PCI function (0000:00:10.0) to vfio-pci first; may be repeated",
+    )
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM ARGS", help="what to run")
     parser.set_defaults(run=run)
 
@@ -28,6 +36,11 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, KeyError) as error:
         raise UserError(str(error.args[0])) from error
     with kernel:
+        for address in args.bind:
+            try:
+                take(kernel, address)
+            except OSError as error:
+                raise UserError(f"{args.machine} has no PCI function {address}") from error
         try:
             status = run_program(kernel, program)
         except CannotRun as error:

@@ -21,7 +21,9 @@ TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for
 #: A word after `iommulab` in a command: a sub-command, and after some of them one more.
 COMMAND = re.compile(r"(?:^|[\s`/])iommulab ((?:[a-z]+)(?: [a-z]+)?)(?=[\s`]|$)", re.M)
 #: `kernel_model/door.py:ModelFile.ioctl`, with the name or without.
-PLACE = re.compile(r"`((?:uapi|fakedev|kernel_model|shim|conformance|iommulab|tests|benchmarks)/[\w/]+\.py)(?::([\w.]+))?`")
+PLACE = re.compile(
+    r"`((?:uapi|fakedev|kernel_model|shim|conformance|iommulab|tests|benchmarks)/[\w/]+\.py)(?::([\w.]+))?`"
+)
 
 
 def targets() -> set[str]:

@@ -90,6 +90,14 @@ def test_a_c_program_prints_what_it_prints_on_linux_7_3_4(binaries: Path, option
     assert done.returncode == 3
 
 
+def test_a_driver_in_user_space_does_dma_as_on_linux_7_3_4() -> None:
+    """vfio_client.txt is what the same program printed on the real kernel, in a guest with `edu` bound to vfio-pci."""
+    done = run("--bind", "0000:00:10.0", "--", sys.executable, str(HERE / "vfio_client.py"))
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == (HERE / "vfio_client.txt").read_text().splitlines()
+    assert done.returncode == 0
+
+
 def test_a_program_that_uses_nothing_of_the_model_runs_as_ever(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text\n")
     done = run("--", "cat", "file", cwd=tmp_path)
@@ -109,6 +117,7 @@ def test_exit_status_and_signals_are_passed_on() -> None:
         (["--"], "name a program"),
         ([], "name a program"),
         (["--machine", "nothing", "--", "true"], "nothing"),
+        (["--bind", "0000:00:99.0", "--", "true"], "has no PCI function 0000:00:99.0"),
         (["--version", "1.0", "--", "true"], "1.0 is no release that the model knows"),
     ],
 )
