@@ -170,6 +170,22 @@ def test_pins_show_in_the_status_of_the_process_until_the_last_close() -> None:
     assert run_python("fcntl.ioctl(fd, 0x3b81, struct.pack('3I', 12, 0, 0))\n" + program).stdout == "VmLck: VmPin:\n"
 
 
+def test_what_the_supervisor_cannot_do_is_an_errno_and_a_report_and_the_program_goes_on() -> None:
+    program = """
+import mmap
+device = os.open('/dev/vfio/devices/vfio0', os.O_RDWR)
+fcntl.ioctl(device, 0x3b76, struct.pack('IIiI', 16, 0, fd, 0))
+try: mmap.mmap(device, 4096)
+except OSError as error: print(error.errno)
+print(struct.unpack('3I', fcntl.ioctl(fd, 0x3b81, struct.pack('3I', 12, 0, 0))))
+"""
+    done = run_python(program, "--bind", "0000:00:10.0")
+    assert done.stdout == "19\n(12, 0, 2)\n"
+    assert re.search(r"iommulab run: system call 9\(.*\) of \d+ failed inside:", done.stderr)
+    assert "mappings are not served yet" in done.stderr
+    assert done.returncode == 0
+
+
 def test_a_dead_supervisor_leaves_the_program_an_errno_and_no_hang(tmp_path: Path) -> None:
     program = f"""
 import os, fcntl, time
