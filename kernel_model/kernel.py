@@ -206,15 +206,10 @@ class Kernel:
         """`enter()` and `description(fd)` in one, for the path that every ioctl of this process takes."""
         self.enter()
         try:
-            descriptor = self._descriptors.get(fstat(fd)[1:3])
-            if descriptor is not None:
-                return descriptor.description
-            raise KernelError(errno.EBADF, f"descriptor {fd} is not a file of this kernel")
-        except (OSError, OverflowError) as error:
+            return self._descriptors[fstat(fd)[1:3]].description
+        except (OSError, OverflowError, KeyError) as error:
             self.leave()
-            if isinstance(error, KernelError):
-                raise
-            raise KernelError(errno.EBADF, f"descriptor {fd} is not open") from error
+            raise KernelError(errno.EBADF, f"descriptor {fd} is not open, or not a file of this kernel") from error
 
     def leave(self) -> None:
         """The end of `entered()`."""
