@@ -122,6 +122,17 @@ class DmaPort:
         """Drop the shortcuts: the next request asks the IOMMU."""
         self._read_end = self._write_end = 0
 
+    def last_runs(self) -> list[tuple[str, int, int, int]]:
+        """The translations that the port holds: "read" or "write", IOVAs [start, end), and the physical start."""
+        return [
+            (what, start, end, start + delta)
+            for what, start, end, delta in (
+                ("read", self._read_start, self._read_end, self._read_delta),
+                ("write", self._write_start, self._write_end, self._write_delta),
+            )
+            if end
+        ]
+
     def read(self, address: int, length: int) -> bytes:
         """DMA read: `length` bytes from `address`, as the device addresses memory. DmaAbort."""
         if self._read_start <= address and address + length <= self._read_end:

@@ -177,8 +177,8 @@ class Kernel:
         return not self._dead
 
     def failure_notes(self) -> list[str]:
-        """What the hardware has to say about the last faulting DMAs, for a failing test's report."""
-        return list(self.machine.last_faults)
+        """What the hardware has to say for a failing test's report: refused DMAs, then how the last others went."""
+        return [*self.machine.last_faults, *self.machine.explain_transfers()]
 
     # -- for the subsystems ------------------------------------------------------------------------------------------
 
