@@ -97,7 +97,7 @@ class Machine:
 
     def add(self, function: PciFunction, unit: VtdUnit | None = None) -> PciFunction:
         """Plug a function in, behind `unit` or behind none."""
-        self.root.add(function, unit)
+        self.root.add(function, unit).dma.on_abort = self.last_faults.append
         if unit is not None:
             self.vtd_units[self.units.index(unit)][1].append(function.rid)
         return function

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from conformance.drivers.edu import Edu
 from conformance.drivers.vfio import VfioDevice
-from conformance.steps import map_user, unmap
+from conformance.steps import map_file, map_user, memfd, unmap
 from kernel_model.kernel import Kernel
 from uapi.backend import DEV_IOMMU
 from uapi.iommufd import IOMMU_IOAS_ALLOC
@@ -54,3 +55,17 @@ def test_a_stale_hit_shows_as_a_cached_page_that_the_tables_do_not_have(notes: t
     assert any(line.strip().startswith("IOTLB:") and line.endswith("RW") for line in lines)
     assert "not present" in lines[-1]
     kernel.memory.words[(table >> 3) + index] = word
+
+
+def test_memory_that_has_gone_is_told() -> None:
+    with Kernel() as kernel, kernel.open(DEV_IOMMU) as iommu, VfioDevice(kernel, "0000:00:10.0") as device:
+        device.bind(iommu)
+        ioas = IOMMU_IOAS_ALLOC(iommu).out_ioas_id
+        device.attach(ioas)
+        edu = Edu(device)
+        with memfd(PAGE) as fd:
+            map_file(iommu, ioas, fd, 0, PAGE, IOVA)
+            os.ftruncate(fd, 0)
+            edu.store(IOVA, 8)
+        edu.remove()
+        assert kernel.failure_notes()[0].startswith(f"00:10.0: iova {IOVA:#x} is translated, but nothing answers at ")
