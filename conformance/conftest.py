@@ -132,15 +132,17 @@ def _unfit(config: pytest.Config, item: pytest.Item, backend: Backend) -> str | 
         if older(backend.release, marker.args[0]):
             return f"needs Linux {marker.args[0]}"
     offers = config.stash[_OFFERS]
-    for marker in item.iter_markers("needs"):
-        for thing in marker.args:
-            if thing not in PROBES:
-                raise pytest.UsageError(f"{item.nodeid}: needs({thing!r}) is unknown; known: {', '.join(PROBES)}")
-            if thing not in offers:
-                offers[thing] = PROBES[thing](backend)
-            missing = offers[thing]
-            if missing is not None:
-                return missing
+    wanted = [thing for marker in item.iter_markers("needs") for thing in marker.args]
+    # A test that asks for the fixture of /dev/iommu need not say that it needs one.
+    wanted += ["iommu"] if "iommu" in getattr(item, "fixturenames", ()) else []
+    for thing in wanted:
+        if thing not in PROBES:
+            raise pytest.UsageError(f"{item.nodeid}: needs({thing!r}) is unknown; known: {', '.join(PROBES)}")
+        if thing not in offers:
+            offers[thing] = PROBES[thing](backend)
+        missing = offers[thing]
+        if missing is not None:
+            return missing
     return None
 
 

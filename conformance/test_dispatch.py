@@ -164,6 +164,7 @@ def test_duplicated_descriptor_is_the_same_context(kernel: Backend, iommu: File)
         destroy(iommu, ioas)
 
 
+@pytest.mark.needs("iommu")
 def test_context_lives_on_in_a_duplicate(kernel: Backend) -> None:
     iommu = kernel.open("/dev/iommu")
     ioas = ioas_alloc(iommu)
@@ -173,6 +174,7 @@ def test_context_lives_on_in_a_duplicate(kernel: Backend) -> None:
         assert ioas_alloc(twin) == ioas + 1
 
 
+@pytest.mark.needs("iommu")
 @pytest.mark.parametrize("access", [os.O_RDONLY, os.O_WRONLY], ids=["read_only", "write_only"])
 def test_access_mode_of_the_open_does_not_matter(kernel: Backend, access: int) -> None:
     with kernel.open("/dev/iommu", access | os.O_CLOEXEC) as iommu:

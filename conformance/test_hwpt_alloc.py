@@ -58,6 +58,7 @@ def test_hwpt_takes_the_next_id(device: VfioDevice, iommu: File, ioas: int) -> N
     assert hwpt_alloc(iommu, device.devid, ioas) == 4
 
 
+@pytest.mark.since("6.11")
 def test_reply_changes_nothing_but_the_id(device: VfioDevice, iommu: File, ioas: int) -> None:
     reply = IOMMU_HWPT_ALLOC(iommu, dev_id=device.devid, pt_id=ioas, out_hwpt_id=77, fault_id=55)
     assert (reply.size, reply.flags, reply.dev_id, reply.pt_id, reply.fault_id) == (48, 0, device.devid, ioas, 55)
@@ -112,7 +113,7 @@ def test_pasid_flag_is_accepted_without_pasids(device: VfioDevice, iommu: File, 
 
 
 @pytest.mark.since("6.11")
-@pytest.mark.parametrize("flags", [FAULT, FAULT | PASID])
+@pytest.mark.parametrize("flags", [FAULT, pytest.param(FAULT | PASID, marks=pytest.mark.since("6.13"))])
 def test_unknown_fault_queue_is_enoent_and_undoes_the_hwpt(
     device: VfioDevice, iommu: File, ioas: int, flags: int
 ) -> None:
@@ -123,6 +124,7 @@ def test_unknown_fault_queue_is_enoent_and_undoes_the_hwpt(
     assert ioas_alloc(iommu) == 3
 
 
+@pytest.mark.since("6.11")
 def test_fault_queue_with_nest_parent_is_eopnotsupp_before_it_is_looked_up(
     device: VfioDevice, iommu: File, ioas: int
 ) -> None:
@@ -130,6 +132,7 @@ def test_fault_queue_with_nest_parent_is_eopnotsupp_before_it_is_looked_up(
         hwpt_alloc(iommu, device.devid, ioas, flags=FAULT | NEST_PARENT, fault_id=99)
 
 
+@pytest.mark.since("6.7")
 @pytest.mark.parametrize("data_type", [IOMMU_HWPT_DATA_VTD_S1, 7, U32_MAX])
 def test_driver_data_for_a_paging_hwpt_is_eopnotsupp(
     device: VfioDevice, iommu: File, ioas: int, data_type: int
@@ -144,18 +147,21 @@ def test_nesting_without_data_is_eopnotsupp(device: VfioDevice, iommu: File, ioa
         hwpt_alloc(iommu, device.devid, hwpt)
 
 
+@pytest.mark.since("6.7")
 def test_nesting_on_a_hwpt_that_is_no_nest_parent_is_einval(device: VfioDevice, iommu: File, ioas: int) -> None:
     hwpt = hwpt_alloc(iommu, device.devid, ioas)
     with fails(errno.EINVAL):
         hwpt_alloc(iommu, device.devid, hwpt, data_type=IOMMU_HWPT_DATA_VTD_S1, data_len=24)
 
 
+@pytest.mark.since("6.7")
 def test_nesting_with_a_flag_for_parents_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int) -> None:
     hwpt = hwpt_alloc(iommu, device.devid, ioas)
     with fails(errno.EOPNOTSUPP):
         hwpt_alloc(iommu, device.devid, hwpt, flags=NEST_PARENT, data_type=IOMMU_HWPT_DATA_VTD_S1, data_len=24)
 
 
+@pytest.mark.since("6.7")
 def test_nesting_on_an_automatic_hwpt_is_einval(device: VfioDevice, iommu: File, ioas: int) -> None:
     hwpt = device.attach(ioas)
     with fails(errno.EINVAL):
@@ -220,6 +226,7 @@ def hw_info(iommu: File, device: VfioDevice) -> tuple[iommu_hw_info, iommu_hw_in
         return reply, iommu_hw_info_vtd.from_buffer_copy(memory.read(memory.address, VTD_SIZE))
 
 
+@pytest.mark.since("7.2")
 def test_hw_info_tells_of_vtd(device: VfioDevice, iommu: File) -> None:
     reply, info = hw_info(iommu, device)
     assert (reply.out_data_type, reply.data_len) == (IOMMU_HW_INFO_TYPE_INTEL_VTD, VTD_SIZE)

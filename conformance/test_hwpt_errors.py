@@ -18,6 +18,8 @@ from uapi.iommufd import (
     IOMMU_HWPT_DATA_VTD_S1,
 )
 
+pytestmark = pytest.mark.since("6.6")
+
 
 @pytest.mark.parametrize("dev_id", [0, 1, 2, U32_MAX], ids=["zero", "ioas", "free", "max"])
 def test_hwpt_alloc_for_an_unknown_device_is_enoent(iommu: File, dev_id: int) -> None:
@@ -37,6 +39,7 @@ def test_hwpt_alloc_looks_at_the_device_before_the_flags(iommu: File, flags: int
         IOMMU_HWPT_ALLOC(iommu, flags=flags, dev_id=99, pt_id=ioas_alloc(iommu))
 
 
+@pytest.mark.since("6.7")
 def test_hwpt_alloc_with_the_reserved_field_is_eopnotsupp(iommu: File) -> None:
     with fails(errno.EOPNOTSUPP):
         IOMMU_HWPT_ALLOC(iommu, dev_id=99, pt_id=98, __reserved=1, data_len=8)
@@ -102,6 +105,7 @@ def test_hw_info_with_a_reserved_byte_is_eopnotsupp(iommu: File, index: int) -> 
         IOMMU_GET_HW_INFO.raw(iommu, arg)
 
 
+@pytest.mark.since("6.7")
 def test_hw_info_does_not_look_at_its_outputs(iommu: File) -> None:
     with fails(errno.ENOENT):
         IOMMU_GET_HW_INFO(

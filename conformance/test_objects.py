@@ -120,6 +120,7 @@ def test_destroy_does_not_write_its_argument(iommu: File) -> None:
     assert (arg.size, arg.id) == (8, ioas)
 
 
+@pytest.mark.needs("iommu")
 def test_closing_ends_a_context_with_mapped_ioases(kernel: Backend) -> None:
     with kernel.open("/dev/iommu") as iommu:
         for _ in range(8):

@@ -72,6 +72,7 @@ def test_two_clients_share_what_both_were_given(kernel: Backend, iommu: File, cl
         assert [ioas_alloc(first), ioas_alloc(second), ioas_alloc(first)] == [1, 2, 3]
 
 
+@pytest.mark.needs("iommu")
 def test_context_outlives_the_process_that_opened_it(kernel: Backend, client: Client) -> None:
     iommu = kernel.open("/dev/iommu")
     ioas = ioas_alloc(iommu)

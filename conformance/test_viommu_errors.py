@@ -52,9 +52,14 @@ ROWS: list[tuple[Ioctl[Any], dict[str, int], int]] = [
 ]
 
 
+def came(op: Ioctl[Any], fields: dict[str, int]) -> str:
+    """The release of an ioctl, or of the last field that a row uses."""
+    return "6.17" if op is VIOMMU and "__reserved" in fields else op.since
+
+
 @pytest.mark.parametrize(
     ("op", "fields", "number"),
-    [pytest.param(op, fields, number, marks=pytest.mark.since(op.since)) for op, fields, number in ROWS],
+    [pytest.param(op, fields, number, marks=pytest.mark.since(came(op, fields))) for op, fields, number in ROWS],
 )
 def test_check(iommu: File, op: Ioctl[Any], fields: dict[str, int], number: int) -> None:
     ioas_alloc(iommu)

@@ -13,6 +13,7 @@ in pieces calls once a piece.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 from fakedev.memory import BusAbort, PhysicalMemory
@@ -95,6 +96,7 @@ class DmaPort:
         "_write_start",
         "enabled",
         "iommu",
+        "on_abort",
         "on_interrupt",
         "rid",
     )
@@ -105,6 +107,8 @@ class DmaPort:
         self.rid = rid
         self.iommu = iommu
         self.on_interrupt = on_interrupt
+        #: Told, in words, of requests that no memory answers. No IOMMU sees those.
+        self.on_abort: Callable[[str], None] | None = None
         self.enabled = False
         self._memory = memory
         self._ram_size = memory.ram_size
@@ -122,6 +126,17 @@ class DmaPort:
         """Drop the shortcuts: the next request asks the IOMMU."""
         self._read_end = self._write_end = 0
 
+    def last_runs(self) -> list[tuple[str, int, int, int]]:
+        """The translations that the port holds: "read" or "write", IOVAs [start, end), and the physical start."""
+        return [
+            (what, start, end, start + delta)
+            for what, start, end, delta in (
+                ("read", self._read_start, self._read_end, self._read_delta),
+                ("write", self._write_start, self._write_end, self._write_delta),
+            )
+            if end
+        ]
+
     def read(self, address: int, length: int) -> bytes:
         """DMA read: `length` bytes from `address`, as the device addresses memory. DmaAbort."""
         if self._read_start <= address and address + length <= self._read_end:
@@ -130,8 +145,8 @@ class DmaPort:
                 return self._map[pa : pa + length]
             try:
                 return self._memory.read(pa, length)
-            except BusAbort:
-                raise DmaAbort(address) from None
+            except BusAbort as error:
+                raise self._nobody(address, error) from None
         return self._read(address, length)
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
@@ -146,8 +161,8 @@ class DmaPort:
                 return
             try:
                 self._memory.write(pa, data)
-            except BusAbort:
-                raise DmaAbort(address) from None
+            except BusAbort as error:
+                raise self._nobody(address, error) from None
             return
         self._write(address, data)
 
@@ -161,8 +176,8 @@ class DmaPort:
             stop = min(stop, end)
             try:
                 parts.append(self._memory.read(address + delta, stop - address))
-            except BusAbort:
-                raise DmaAbort(address) from None
+            except BusAbort as error:
+                raise self._nobody(address, error) from None
             address = stop
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -180,10 +195,17 @@ class DmaPort:
             stop = min(stop, end)
             try:
                 self._memory.write(address + delta, view[done : done + stop - address])
-            except BusAbort:
-                raise DmaAbort(address) from None
+            except BusAbort as error:
+                raise self._nobody(address, error) from None
             done += stop - address
             address = stop
+
+    def _nobody(self, address: int, error: BusAbort) -> DmaAbort:
+        """The abort of a request that was translated to where no memory answers."""
+        if self.on_abort is not None:
+            who = f"{self.rid >> 8:02x}:{self.rid >> 3 & 31:02x}.{self.rid & 7}"
+            self.on_abort(f"{who}: iova {address:#x} is translated, but {error}")
+        return DmaAbort(address)
 
     def _translate(self, address: int, length: int, access: int) -> Run:
         if not self.enabled or MSI_START <= address < MSI_END or address + length > 1 << 64:

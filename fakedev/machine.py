@@ -70,6 +70,16 @@ class Machine:
         """All functions, in the order of a bus scan."""
         return [function for _, function in sorted(self.root.functions.items())]
 
+    def explain_transfers(self) -> list[str]:
+        """In words: how the last transfer of each function was translated, and what the tables say there now."""
+        lines = []
+        for function in self.functions:
+            for what, start, end, pa in function.dma.last_runs():
+                text = f"{function.address}: last {what} in iova {start:#x}-{end - 1:#x} went to {pa:#x}"
+                walks = [line for unit in self.units for line in unit.explain(function.rid, start)]
+                lines.append("\n".join([text, *(f"  {line}" for line in walks)]))
+        return lines
+
     def function(self, address: str) -> PciFunction:
         """The function at "0000:00:10.0". KeyError if there is none."""
         for function in self.root.functions.values():
@@ -87,7 +97,7 @@ class Machine:
 
     def add(self, function: PciFunction, unit: VtdUnit | None = None) -> PciFunction:
         """Plug a function in, behind `unit` or behind none."""
-        self.root.add(function, unit)
+        self.root.add(function, unit).dma.on_abort = self.last_faults.append
         if unit is not None:
             self.vtd_units[self.units.index(unit)][1].append(function.rid)
         return function

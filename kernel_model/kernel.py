@@ -177,8 +177,8 @@ class Kernel:
         return not self._dead
 
     def failure_notes(self) -> list[str]:
-        """What the hardware has to say about the last faulting DMAs, for a failing test's report."""
-        return list(self.machine.last_faults)
+        """What the hardware has to say for a failing test's report: refused DMAs, then how the last others went."""
+        return [*self.machine.last_faults, *self.machine.explain_transfers()]
 
     # -- for the subsystems ------------------------------------------------------------------------------------------
 
@@ -206,15 +206,10 @@ class Kernel:
         """`enter()` and `description(fd)` in one, for the path that every ioctl of this process takes."""
         self.enter()
         try:
-            descriptor = self._descriptors.get(fstat(fd)[1:3])
-            if descriptor is not None:
-                return descriptor.description
-            raise KernelError(errno.EBADF, f"descriptor {fd} is not a file of this kernel")
-        except (OSError, OverflowError) as error:
+            return self._descriptors[fstat(fd)[1:3]].description
+        except (OSError, OverflowError, KeyError) as error:
             self.leave()
-            if isinstance(error, KernelError):
-                raise
-            raise KernelError(errno.EBADF, f"descriptor {fd} is not open") from error
+            raise KernelError(errno.EBADF, f"descriptor {fd} is not open, or not a file of this kernel") from error
 
     def leave(self) -> None:
         """The end of `entered()`."""
