@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Iterator
 
 import pytest
@@ -43,7 +44,7 @@ from conformance.steps import (
     unmap_all,
 )
 from uapi import iommufd_test as abi
-from uapi.backend import Backend, Buffer, File
+from uapi.backend import Backend, Buffer, Client, File
 
 pytestmark = pytest.mark.needs("iommu", "mock")
 
@@ -607,3 +608,90 @@ def test_copy_of_file_pages(iommu: File, ioas: int, accesses: Accesses, other: B
         assert bytes(other.view[:4]) == b"file"
         access_rw(iommu, fd, START + PAGE - 1, 1, other.address, RW_WRITE)
         assert os.pread(file, 4, PAGE - 2) == b"ffle"
+
+
+# -- another process -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def client(kernel: Backend) -> Iterator[Client]:
+    with kernel.spawn() as client:
+        yield client
+
+
+@pytest.mark.parametrize("slow", [0, SLOW], ids=["plain", "slow"])
+@pytest.mark.parametrize("domain", [False, True], ids=["no_domain", "domain"])
+@pytest.mark.parametrize(("offset", "length"), [(3, 8), (PAGE - 4, 8)], ids=["one_page", "two_pages"])
+def test_copy_goes_to_the_process_that_mapped(
+    iommu: File,
+    ioas: int,
+    accesses: Accesses,
+    client: Client,
+    other: Buffer,
+    slow: int,
+    domain: bool,
+    offset: int,
+    length: int,
+) -> None:
+    address = client.allocate(2 * PAGE)
+    client.poke(address + offset, b"abcdefgh")
+    map_user(client.receive(iommu), ioas, address, 2 * PAGE, iova=START)
+    if domain:
+        mock_domain(iommu, ioas)
+    fd = accesses(ioas, pin=False)
+    access_rw(iommu, fd, START + offset, length, other.address, slow)
+    assert bytes(other.view[:length]) == b"abcdefgh"
+    other.view[:length] = b"hgfedcba"
+    access_rw(iommu, fd, START + offset, length, other.address, RW_WRITE | slow)
+    assert client.peek(address + offset, length) == b"hgfedcba"
+
+
+def test_copy_from_a_process_that_ended_is_efault(
+    kernel: Backend, iommu: File, ioas: int, accesses: Accesses, other: Buffer
+) -> None:
+    with kernel.spawn() as client:
+        map_user(client.receive(iommu), ioas, client.allocate(2 * PAGE), 2 * PAGE, iova=START)
+    fd = accesses(ioas)
+    for length in (8, 2 * PAGE):
+        with fails(errno.EFAULT):
+            access_rw(iommu, fd, START, length, other.address)
+    with fails(errno.EFAULT):
+        access_pages(iommu, fd, START, PAGE, 0)
+    assert unmap_all(iommu, ioas) == 2 * PAGE
+
+
+def test_pages_of_another_process_are_not_the_callers(
+    iommu: File, ioas: int, accesses: Accesses, client: Client, buffer: Buffer
+) -> None:
+    remote = client.receive(iommu)
+    address = client.allocate(PAGE)
+    client.poke(address, b"x")
+    map_user(remote, ioas, address, PAGE, iova=START)
+    fd = accesses(ioas)
+    with fails(errno.EBADE):
+        access_pages(iommu, fd, START, PAGE, buffer.address)
+    access_pages(iommu, fd, START, PAGE, 0)
+    check_refs(remote, address, PAGE, 1)
+
+
+@pytest.mark.needs("root")
+def test_pins_of_an_access_are_paid_by_the_process_that_mapped(
+    iommu: File, ioas: int, accesses: Accesses, client: Client
+) -> None:
+    remote = client.receive(iommu)
+    address = client.allocate(4 * PAGE)
+    client.setrlimit(resource.RLIMIT_MEMLOCK, 2 * PAGE, 2 * PAGE)
+    client.setuid(54321)
+    map_user(remote, ioas, address, 4 * PAGE, iova=START)
+    fd = accesses(ioas)
+    with fails(errno.ENOMEM):
+        access_pages(iommu, fd, START, 3 * PAGE, 0)
+    assert client.status("VmPin") == 0
+    first = access_pages(iommu, fd, START, 2 * PAGE, 0)
+    access_pages(iommu, fd, START + PAGE, PAGE, 0)
+    with fails(errno.ENOMEM):
+        access_pages(iommu, fd, START + 2 * PAGE, PAGE, 0)
+    assert client.status("VmPin") == 2 * PAGE // 1024
+    destroy_pages(iommu, fd, first)
+    access_pages(iommu, fd, START + 2 * PAGE, PAGE, 0)
+    assert client.status("VmPin") == 2 * PAGE // 1024
