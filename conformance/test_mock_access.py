@@ -386,6 +386,7 @@ def test_access_that_does_not_pin_cannot(iommu: File, ioas: int, accesses: Acces
         access_pages(iommu, fd, START, PAGE, buffer.address)
 
 
+@pytest.mark.since("6.13")
 def test_pin_of_file_pages(iommu: File, ioas: int, accesses: Accesses) -> None:
     with memfd(2 * PAGE) as fd:
         map_file(iommu, ioas, fd, 0, PAGE, iova=START)
@@ -599,6 +600,7 @@ def test_copy_leaves_no_pin(iommu: File, ioas: int, accesses: Accesses, buffer: 
     check_refs(iommu, buffer.address, 2 * PAGE, 0)
 
 
+@pytest.mark.since("6.13")
 def test_copy_of_file_pages(iommu: File, ioas: int, accesses: Accesses, other: Buffer) -> None:
     with memfd(3 * PAGE) as file:
         os.pwrite(file, b"file", PAGE - 2)

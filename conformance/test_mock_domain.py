@@ -137,6 +137,7 @@ def test_device_as_a_page_table_is_einval_and_leaves_no_id(iommu: File, ioas: in
 
 
 @pytest.mark.parametrize("flags", [2, 8, 1 << 31])
+@pytest.mark.since("6.7")
 def test_unknown_device_flags_are_einval(iommu: File, ioas: int, flags: int) -> None:
     with fails(errno.EINVAL):
         mock_domain_flags(iommu, ioas, flags)
@@ -144,6 +145,7 @@ def test_unknown_device_flags_are_einval(iommu: File, ioas: int, flags: int) -> 
 
 
 @pytest.mark.parametrize("flags", [0, NO_DIRTY, PASID, NO_DIRTY | PASID])
+@pytest.mark.since("6.15")
 def test_known_device_flags_are_taken(iommu: File, ioas: int, flags: int) -> None:
     assert mock_domain_flags(iommu, ioas, flags) == (ioas + 1, ioas + 3, ioas + 2)
 
@@ -245,6 +247,7 @@ def words(*values: int) -> bytes:
     return b"".join(value.to_bytes(4, "little") for value in values)
 
 
+@pytest.mark.since("6.19")
 def test_huge_domain_has_4_kib_pages_and_a_wide_aperture(iommu: File, ioas: int) -> None:
     mock = mock_domain(iommu, ioas)
     other = ioas_alloc(iommu)
@@ -254,6 +257,7 @@ def test_huge_domain_has_4_kib_pages_and_a_wide_aperture(iommu: File, ioas: int)
 
 
 @pytest.mark.parametrize("data", [words(0), words(0, 0), words(7, 0)], ids=["short", "zero", "iotlb"])
+@pytest.mark.since("6.19")
 def test_driver_data_of_the_default_domain(iommu: File, ioas: int, data: bytes) -> None:
     mock = mock_domain(iommu, ioas)
     other = ioas_alloc(iommu)
@@ -272,12 +276,14 @@ def test_driver_data_of_the_default_domain(iommu: File, ioas: int, data: bytes) 
     ],
     ids=["type_2", "type_max", "short", "long_zero", "long"],
 )
+@pytest.mark.since("6.19")
 def test_bad_driver_data_is_refused(iommu: File, ioas: int, data: bytes, number: int) -> None:
     mock = mock_domain(iommu, ioas)
     with fails(number):
         alloc_selftest(iommu, mock.idev, ioas, data)
 
 
+@pytest.mark.since("6.19")
 def test_driver_data_that_cannot_be_read_is_efault(iommu: File, ioas: int) -> None:
     mock = mock_domain(iommu, ioas)
     with fails(errno.EFAULT):
@@ -286,6 +292,7 @@ def test_driver_data_that_cannot_be_read_is_efault(iommu: File, ioas: int) -> No
         )
 
 
+@pytest.mark.since("6.19")
 def test_driver_data_of_another_type_is_eopnotsupp(iommu: File, ioas: int) -> None:
     mock = mock_domain(iommu, ioas)
     with fails(errno.EOPNOTSUPP):
@@ -295,17 +302,20 @@ def test_driver_data_of_another_type_is_eopnotsupp(iommu: File, ioas: int) -> No
 @pytest.mark.parametrize(
     "flags", [IOMMU_HWPT_ALLOC_NEST_PARENT, IOMMU_HWPT_ALLOC_DIRTY_TRACKING, IOMMU_HWPT_ALLOC_PASID]
 )
+@pytest.mark.since("6.13")
 def test_allocation_flags_of_the_driver_are_taken(iommu: File, ioas: int, flags: int) -> None:
     mock = mock_domain(iommu, ioas)
     assert hwpt_alloc(iommu, mock.idev, ioas, flags) == ioas + 4
 
 
+@pytest.mark.since("6.7")
 def test_dirty_tracking_on_a_device_without_is_eopnotsupp(iommu: File, ioas: int) -> None:
     mock = mock_domain_flags(iommu, ioas, NO_DIRTY)
     with fails(errno.EOPNOTSUPP):
         hwpt_alloc(iommu, mock.idev, ioas, IOMMU_HWPT_ALLOC_DIRTY_TRACKING)
 
 
+@pytest.mark.since("6.7")
 def test_device_without_dirty_tracking_cannot_attach_to_a_domain_with_it(iommu: File, ioas: int) -> None:
     mock = mock_domain(iommu, ioas)
     tracked = hwpt_alloc(iommu, mock.idev, ioas, IOMMU_HWPT_ALLOC_DIRTY_TRACKING)
@@ -390,6 +400,7 @@ def test_reply_of_a_replace_that_cannot_be_written_keeps_the_effect(iommu: File,
 
 
 @pytest.mark.parametrize("flags", [0, NO_DIRTY, PASID, NO_DIRTY | PASID])
+@pytest.mark.since("6.17")
 def test_hw_info_of_a_mock_device(iommu: File, ioas: int, flags: int) -> None:
     mock = mock_domain_flags(iommu, ioas, flags)
     with arena(1) as memory:
@@ -405,6 +416,7 @@ def test_hw_info_of_a_mock_device(iommu: File, ioas: int, flags: int) -> None:
     ("wanted", "number"),
     [(0, 0), (abi.IOMMU_HW_INFO_TYPE_SELFTEST, 0), (1, errno.EOPNOTSUPP), (0xFEED_BEEE, errno.EOPNOTSUPP)],
 )
+@pytest.mark.since("6.17")
 def test_hw_info_has_one_type(iommu: File, ioas: int, wanted: int, number: int) -> None:
     mock = mock_domain(iommu, ioas)
     flags = IOMMU_HW_INFO_FLAG_INPUT_TYPE

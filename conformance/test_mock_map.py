@@ -136,6 +136,7 @@ def test_both_domains_of_an_ioas_hold_the_mapping(iommu: File, ioas: int, buffer
             check_map(iommu, hwpt, iova, PAGE, buffer.address)
 
 
+@pytest.mark.since("6.13")
 def test_file_pages_are_those_of_a_mapping_of_the_file(iommu: File, kernel: Backend, ioas: int, hwpt: int) -> None:
     with memfd(4 * PAGE) as fd:
         iova = map_file(iommu, ioas, fd, 0, 3 * PAGE)
