@@ -3,7 +3,8 @@
 `machine(name)` builds one of `MACHINES`. `q35-vtd-legacy` has the functions of the virtual machine that the suite runs
 real kernels in (`iommulab conformance --on vm`: QEMU's q35 with `intel-iommu,x-scalable-mode=off` and `edu`), at the
 same addresses with the same ids and BARs, as Linux sees them; only `edu` does anything, the others are there so that
-IOMMU groups have the same numbers. `bare` is memory and nothing else.
+IOMMU groups have the same numbers. `bare` is memory and nothing else; so is `mock`, the machine for the kernel's mock
+IOMMU driver, whose devices are made by its clients.
 """
 
 from __future__ import annotations
@@ -142,6 +143,10 @@ def _bare() -> Machine:
     return Machine("bare")
 
 
+def _mock() -> Machine:
+    return Machine("mock")
+
+
 def _q35_vtd_legacy() -> Machine:
     box = Machine("q35-vtd-legacy")
     unit = box.add_vtd()
@@ -203,7 +208,7 @@ def _q35_vtd_legacy() -> Machine:
 
 
 #: Machines by name.
-MACHINES: dict[str, Callable[[], Machine]] = {"bare": _bare, "q35-vtd-legacy": _q35_vtd_legacy}
+MACHINES: dict[str, Callable[[], Machine]] = {"bare": _bare, "mock": _mock, "q35-vtd-legacy": _q35_vtd_legacy}
 
 
 def machine(name: str) -> Machine:

@@ -40,6 +40,7 @@ from uapi.version import NEWEST, parse
 
 if TYPE_CHECKING:
     from kernel_model.iommu.core import Device
+    from kernel_model.iommu.mock.iommu import MockIommu
     from kernel_model.iommufd.ctx import Context
 
 _live: weakref.WeakSet[Kernel] = weakref.WeakSet()
@@ -87,6 +88,8 @@ class Kernel:
         self.files = FileSystem()
         #: Devices as the driver core knows them, by name ("0000:00:10.0").
         self.devices: dict[str, Device] = {}
+        #: The mock driver's IOMMU; iommufd's test calls make its devices.
+        self.mock_iommu: MockIommu
         #: Contexts of /dev/iommu that are alive.
         self.contexts: set[Context] = set()
         #: Module parameter of iommufd: bind devices whose MSIs are not isolated.

@@ -10,7 +10,6 @@ _POWER = "of IBM POWER; the model is a PC"
 _GRAPHICS = "of mediated graphics devices; vfio-pci has none either"
 
 UNSERVED = {
-    "IOMMU_TEST_CMD": "of the mock driver, which is to come",
     "VFIO_GROUP_GET_STATUS": _GROUPS,
     "VFIO_GROUP_SET_CONTAINER": _GROUPS,
     "VFIO_GROUP_UNSET_CONTAINER": _GROUPS,

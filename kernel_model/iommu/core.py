@@ -184,6 +184,9 @@ class IommuDriver(ABC):
 class Device:
     """A device behind an IOMMU: `struct device` with its `struct dev_iommu`."""
 
+    #: Of the mock driver: such a device holds no context and raises no interrupts.
+    is_mock = False
+
     def __init__(self, name: str, iommu: IommuDriver | None, pci: PciFunction | None = None) -> None:
         self.name = name
         self.iommu = iommu

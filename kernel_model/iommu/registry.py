@@ -24,6 +24,7 @@ from kernel_model.iommu.core import (
 )
 from kernel_model.iommu.intel.dmar import IntelUnit
 from kernel_model.iommu.intel.iommu import IntelIommu
+from kernel_model.iommu.mock.iommu import MockIommu
 from kernel_model.iommu.sysfs import publish
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ _PROBES: list[Probe] = [_probe_intel]
 def attach_drivers(kernel: Kernel) -> list[Device]:
     """Start the IOMMUs of the kernel's machine and make a device of every PCI function, in the order of a bus scan.
 
-    A function behind no IOMMU is a device without group.
+    A function behind no IOMMU is a device without group. The mock IOMMU is there on every machine, without devices yet.
     """
     drivers: dict[int, IommuDriver] = {}
     for probe in _PROBES:
@@ -74,6 +75,7 @@ def attach_drivers(kernel: Kernel) -> list[Device]:
         device.require_direct = any(region.type == IOMMU_RESV_DIRECT for region in get_resv_regions(device))
     for group in groups:
         _setup_default_domain(group)
+    kernel.mock_iommu = MockIommu(len(groups))
     publish(kernel.files, devices)
     return devices
 

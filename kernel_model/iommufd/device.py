@@ -83,7 +83,8 @@ class IommufdDevice(Object):
             return
         core.device_release_dma_owner(self.dev)
         self._put_group()
-        self.ctx.put()
+        if not self.dev.is_mock:
+            self.ctx.put()
 
     def _put_group(self) -> None:
         igroup = self.group
@@ -235,7 +236,7 @@ def device_bind(ctx: Context, dev: core.Device) -> IommufdDevice:
         group = dev.group
         if group is None:
             raise KernelError(errno.ENODEV, "the device is in no IOMMU group")
-        if not core.group_has_isolated_msi(group) and not ctx.kernel.allow_unsafe_interrupts:
+        if not dev.is_mock and not core.group_has_isolated_msi(group) and not ctx.kernel.allow_unsafe_interrupts:
             raise KernelError(errno.EPERM, "the platform does not isolate MSIs")
         core.device_claim_dma_owner(dev, ctx)
     except KernelError:
@@ -247,7 +248,8 @@ def device_bind(ctx: Context, dev: core.Device) -> IommufdDevice:
     igroup.users += 1
     idev.igroup = igroup
     idev.enforce_cache_coherency = driver.capable(dev, core.IOMMU_CAP_ENFORCE_CACHE_COHERENCY)
-    ctx.get()
+    if not dev.is_mock:
+        ctx.get()
     idev.users += 1
     ctx.objects.finalize(idev)
     return idev

@@ -1,6 +1,7 @@
 """Dirty tracking, after hw_pagetable.c and io_pagetable.c of drivers/iommu/iommufd.
 
 No IOMMU of the model's machines tracks dirty pages, so every HWPT answers EOPNOTSUPP after the checks of the arguments.
+Left out: the mock driver's tracking. A mock HWPT can be allocated with dirty tracking, and then answers the same.
 """
 
 from __future__ import annotations

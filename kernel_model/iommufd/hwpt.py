@@ -1,7 +1,8 @@
 """HWPTs: a domain of the IOMMU as an object, after hw_pagetable.c of drivers/iommu/iommufd.
 
 A paging HWPT holds what its IOAS maps. An automatic one is made by attaching a device to an IOAS and dies with its last
-attachment. Left out: nested HWPTs, for which the IOMMU of the model's machines has no hardware.
+attachment. Left out: nested HWPTs, for which the IOMMU of the model's machines has no hardware, those of the mock
+driver too.
 """
 
 from __future__ import annotations

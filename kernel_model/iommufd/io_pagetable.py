@@ -20,16 +20,19 @@ from kernel_model.process import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
     from kernel_model.iommu.core import Domain
+    from kernel_model.iommufd.access import Access
 
 IOMMU_READ, IOMMU_WRITE, IOMMU_CACHE = 1, 2, 4
 #: Automatic IOVAs are aligned no further than a huge page (HPAGE_SIZE; PAGE_SIZE in kernels without THP).
 MAX_AUTO_ALIGNMENT = 2 << 20
+#: How often accesses are asked to let go of one area.
+_UNMAP_TRIES = 100
 
 
 class Area:
     """A mapped range: `length` bytes of `pages` from `start_byte` on, at `iova`."""
 
-    __slots__ = ("iova", "last", "num_accesses", "num_locks", "pages", "pinned", "prot", "start_byte")
+    __slots__ = ("iova", "last", "num_accesses", "num_locks", "pages", "pinned", "prevent_access", "prot", "start_byte")
 
     def __init__(self, iova: int, length: int, pages: Pages, start_byte: int, prot: int) -> None:
         self.iova = iova
@@ -41,6 +44,8 @@ class Area:
         self.pinned = False
         self.num_accesses = 0
         self.num_locks = 0
+        #: It is being unmapped: no access may begin.
+        self.prevent_access = False
 
     @property
     def length(self) -> int:
@@ -77,8 +82,8 @@ class IoPagetable:
         self.domains: list[Domain] = []
         self.iova_alignment = 1
         self.disable_large_pages = False
-        #: Alignments that attached accesses ask for.
-        self.access_alignments: list[int] = []
+        #: Attached accesses by the lowest number that was free.
+        self.accesses: dict[int, Access] = {}
         self._holes: Holes | None = None
 
     # -- looking up --------------------------------------------------------------------------------------------------
@@ -273,19 +278,36 @@ class IoPagetable:
     def unmap_each(self, first: int, last: int) -> Iterator[int]:
         """iopt_unmap_iova_range(): remove the areas inside [first, last], ascending; the bytes of each as it goes.
 
-        ENOENT: an area is not wholly inside. EBUSY: an area is locked. Areas before it are already gone.
+        ENOENT: an area is not wholly inside. EBUSY: an area is locked. EDEADLOCK: an access does not let go of an
+        area. Areas before it are already gone.
         """
         start = first
+        tries = 0
         while (area := self.area_at(start, last)) is not None:
             if area.num_locks:
                 raise KernelError(errno.EBUSY, f"the mapping at {area.iova:#x} is locked")
             if area.iova < start or area.last > last:
                 raise KernelError(errno.ENOENT, f"the mapping {area.iova:#x}-{area.last:#x} is not inside the range")
+            if area.iova != start:
+                tries = 0
+            if area.num_accesses:
+                start = area.iova
+                area.prevent_access = True
+                self._notify_unmap(area)
+                tries += 1
+                if tries > _UNMAP_TRIES:
+                    raise KernelError(errno.EDEADLOCK, f"an access keeps the mapping at {area.iova:#x}")
+                continue
             self.remove_area(area)
             yield area.length
             if area.last >= last:
                 break
             start = area.last + 1
+
+    def _notify_unmap(self, area: Area) -> None:
+        """iommufd_access_notify_unmap(): every access is asked to let go of the area."""
+        for _, access in sorted(self.accesses.items()):
+            access.unmap(area.iova, area.length)
 
     def cut(self, iova: int) -> None:
         """iopt_cut_iova(): make `iova` the last byte of an area, if one covers it. It belongs to VFIO type 1.
@@ -407,12 +429,30 @@ class IoPagetable:
         self.unreserve(domain)
         self.recalculate_alignment()
 
+    def add_access(self, access: Access) -> None:
+        """iopt_add_access(). EADDRINUSE: a mapping is misaligned for it."""
+        number = next(number for number in range(len(self.accesses) + 1) if number not in self.accesses)
+        self.accesses[number] = access
+        try:
+            self.recalculate_alignment()
+        except KernelError:
+            del self.accesses[number]
+            raise
+
+    def remove_access(self, access: Access) -> None:
+        """iopt_remove_access()."""
+        for number, found in self.accesses.items():
+            if found is access:
+                del self.accesses[number]
+                break
+        self.recalculate_alignment()
+
     def recalculate_alignment(self) -> None:
         """iopt_calculate_iova_alignment(): EADDRINUSE where the areas do not conform to a larger one."""
         alignment = PAGE_SIZE if self.disable_large_pages else 1
         for domain in self.domains:
             alignment = max(alignment, domain.pgsize_bitmap & -domain.pgsize_bitmap)
-        alignment = max([alignment, *self.access_alignments])
+        alignment = max([alignment, *(access.iova_alignment for access in self.accesses.values())])
         if alignment > self.iova_alignment:
             self._check_alignment(alignment)
         self.iova_alignment = alignment
@@ -441,6 +481,6 @@ class IoPagetable:
     def destroy(self) -> None:
         """Everything goes with the IOAS."""
         self.unmap_range(0, U64_MAX)
-        if self.domains or self.access_alignments:
+        if self.domains or self.accesses:
             raise KernelBug("an IOAS is destroyed while in use")
         self.allowed = []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kernel_model.errors import KernelError
 from kernel_model.file import FileDescription, SystemCall
 from kernel_model.ioctl import UserCommand
-from kernel_model.iommufd import device, dirty, eventq, hwpt_ioctl, ioas, vfio_compat, viommu
+from kernel_model.iommufd import device, dirty, eventq, hwpt_ioctl, ioas, selftest, vfio_compat, viommu
 from kernel_model.iommufd.ctx import ACCOUNT_MM, ACCOUNT_USER, Context, table
 from kernel_model.process import CAP_SYS_RESOURCE
 from uapi.backend import DEV_IOMMU
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _VAL64_OFFSET = offsetofend(iommu_option, "val64") - 8
 
 #: The files that put handlers on the table.
-PARTS = (device, dirty, eventq, hwpt_ioctl, ioas, vfio_compat, viommu)
+PARTS = (device, dirty, eventq, hwpt_ioctl, ioas, selftest, vfio_compat, viommu)
 
 
 def register(kernel: Kernel) -> None:

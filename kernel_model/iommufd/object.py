@@ -123,7 +123,8 @@ class ObjectTable:
                 return
             destroyed = 0
             for obj in live:
-                if obj.users == 1:
+                # One that went with an earlier one is in the list, but no longer in the table.
+                if obj.users == 1 and self._objects.get(obj.id) is obj:
                     self._erase(obj)
                     destroyed += 1
             if not destroyed:

@@ -14,7 +14,8 @@ import ctypes
 import errno
 import os
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelBug, KernelError
@@ -162,6 +163,32 @@ class Pages:
             self._uncharge(gone)
             if not self._pinned:
                 self._drop_holds(0)
+
+    @contextmanager
+    def borrowed(self, first: int, last: int) -> Iterator[Runs]:
+        """Where pages [first, last] are, for the length of a copy: nothing is charged. `resolve`'s errnos."""
+        held = len(self._holds)
+        try:
+            yield _join(self._looked_up(first, last))
+        finally:
+            self._drop_holds(held)
+
+    def _looked_up(self, first: int, last: int) -> Runs:
+        """Pinned pages where they are, the others as a pin would find them."""
+        found: list[tuple[int, Runs]] = []
+        covered = [(piece.first, piece.last) for piece in self._pinned]
+        for piece in self._overlapping(first, last):
+            start, stop = max(piece.first, first), min(piece.last, last)
+            _, tail = _cut(piece.runs, start - piece.first)
+            found.append((start, _cut(tail, stop - start + 1)[0]))
+        for start, stop in complement(covered, first, last):
+            found.append((start, self.resolve(start, stop)))
+        return [run for _, runs in sorted(found) for run in runs]
+
+    @property
+    def pinned_runs(self) -> Runs:
+        """Where the pages are that this pins."""
+        return [run for piece in self._pinned for run in piece.runs]
 
     def hold(self, release: Callable[[], None]) -> None:
         """Have `release` called when nothing of this is pinned any more."""

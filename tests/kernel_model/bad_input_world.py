@@ -26,6 +26,7 @@ from kernel_model.iommufd.pages import Pages
 from kernel_model.kernel import Kernel
 from kernel_model.vfs import Directory, Special
 from uapi.iommufd import IOMMU_FAULT_QUEUE_ALLOC
+from uapi.iommufd_test import IOMMU_TEST_CMD, IOMMU_TEST_OP_CREATE_ACCESS
 
 #: Seconds of processor time that one call may take. Generous: what hangs takes minutes.
 SLOW = 3.0
@@ -254,16 +255,20 @@ class World:
             address = self.address(place)
             self._store(address, bytes(block))
             result = file.ioctl(number, address)
-        self._keep_descriptor(number, address if place != ["object"] else block)
+        if file not in self.remote:
+            self._keep_descriptor(number, address if place != ["object"] else block)
         return f"{result} {bytes(block[:48]).hex(' ', -4)}"
 
     def _keep_descriptor(self, number: int, reply: int | bytearray) -> None:
-        """A fault queue is a descriptor: use it where a slot is free."""
-        if number != IOMMU_FAULT_QUEUE_ALLOC.number:
+        """A fault queue is a descriptor, and so is an access of the mock driver: use it where a slot is free."""
+        where = {IOMMU_FAULT_QUEUE_ALLOC.number: 12, IOMMU_TEST_CMD.number: 16}.get(number & 0xFFFF_FFFF)
+        if where is None:
             return
         if isinstance(reply, int):
-            reply = bytearray(self.kernel.process.mm.read(reply, 16))
-        self.spare.append(int.from_bytes(reply[12:16], "little"))
+            reply = bytearray(self.kernel.process.mm.read(reply, where + 4))
+        if where == 16 and int.from_bytes(reply[4:8], "little") != IOMMU_TEST_OP_CREATE_ACCESS:
+            return
+        self.spare.append(int.from_bytes(reply[where : where + 4], "little"))
         free = [slot for slot, old in enumerate(self.files) if old is None]
         if free:
             self.files[free[0]] = self.kernel.adopt(self.spare.pop())

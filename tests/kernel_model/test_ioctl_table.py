@@ -79,4 +79,4 @@ def test_size_word_is_read_before_the_number_is_known(kernel: Kernel) -> None:
 
 def test_every_handler_is_of_a_declared_ioctl() -> None:
     for name, (ioctl, _) in table.handlers.items():
-        assert registry.ioctls()[name] is ioctl
+        assert registry.ioctls(*registry.HEADERS, registry.TEST_HEADER)[name] is ioctl

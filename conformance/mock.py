@@ -1,0 +1,111 @@
+"""Steps on the kernel's mock driver: one short call for each operation of IOMMU_TEST_CMD that the tests use.
+
+Like `conformance.steps`, nothing is checked here: an errno reaches the test as OSError.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from uapi import iommufd_test as abi
+from uapi.backend import File
+from uapi.iommufd_test import IOMMU_TEST_CMD, iommu_test_cmd
+
+#: What the default mock domain translates, inclusive, and its smallest page.
+APERTURE = (abi.MOCK_APERTURE_START, abi.MOCK_APERTURE_LAST)
+SMALL = abi.MOCK_PAGE_SIZE
+
+
+class MockDevice(NamedTuple):
+    """The ids of one mock device."""
+
+    stdev: int
+    hwpt: int
+    idev: int
+
+
+def command(op: int, number: int = 0, member: str = "", **fields: Any) -> iommu_test_cmd:
+    """The block of one operation: `fields` go into `member` of its union."""
+    arg = IOMMU_TEST_CMD.make(op=op, id=number)
+    for name, value in fields.items():
+        setattr(getattr(arg, member), name, value)
+    return arg
+
+
+def run(iommu: File, op: int, number: int = 0, member: str = "", **fields: Any) -> iommu_test_cmd:
+    """IOMMU_TEST_CMD; the block after the call."""
+    arg = command(op, number, member, **fields)
+    IOMMU_TEST_CMD.raw(iommu, arg)
+    return arg
+
+
+def mock_domain(iommu: File, pt_id: int) -> MockDevice:
+    """MOCK_DOMAIN: a device attached to `pt_id`."""
+    reply = run(iommu, abi.IOMMU_TEST_OP_MOCK_DOMAIN, pt_id, "mock_domain").mock_domain
+    return MockDevice(reply.out_stdev_id, reply.out_hwpt_id, reply.out_idev_id)
+
+
+def mock_domain_flags(iommu: File, pt_id: int, flags: int) -> MockDevice:
+    """MOCK_DOMAIN_FLAGS: as `mock_domain`, of a device with these MOCK_FLAGS_DEVICE_*."""
+    reply = run(
+        iommu, abi.IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS, pt_id, "mock_domain_flags", dev_flags=flags
+    ).mock_domain_flags
+    return MockDevice(reply.out_stdev_id, reply.out_hwpt_id, reply.out_idev_id)
+
+
+def mock_replace(iommu: File, stdev: int, pt_id: int) -> int:
+    """MOCK_DOMAIN_REPLACE; the id of the HWPT that the device is attached to now."""
+    op = abi.IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE
+    return int(run(iommu, op, stdev, "mock_domain_replace", pt_id=pt_id).mock_domain_replace.pt_id)
+
+
+def add_reserved(iommu: File, ioas: int, start: int, length: int) -> None:
+    """ADD_RESERVED."""
+    run(iommu, abi.IOMMU_TEST_OP_ADD_RESERVED, ioas, "add_reserved", start=start, length=length)
+
+
+def check_map(iommu: File, hwpt: int, iova: int, length: int, uptr: int) -> None:
+    """MD_CHECK_MAP: the domain's pages at `iova` are the caller's at `uptr`."""
+    run(iommu, abi.IOMMU_TEST_OP_MD_CHECK_MAP, hwpt, "check_map", iova=iova, length=length, uptr=uptr)
+
+
+def check_refs(iommu: File, uptr: int, length: int, refs: int) -> None:
+    """MD_CHECK_REFS: every page at `uptr` is pinned `refs` times."""
+    run(iommu, abi.IOMMU_TEST_OP_MD_CHECK_REFS, 0, "check_refs", uptr=uptr, length=length, refs=refs)
+
+
+def create_access(iommu: File, ioas: int, pin: bool = True, flags: int = 0) -> int:
+    """CREATE_ACCESS; the descriptor."""
+    flags |= abi.MOCK_FLAGS_ACCESS_CREATE_NEEDS_PIN_PAGES if pin else 0
+    reply = run(iommu, abi.IOMMU_TEST_OP_CREATE_ACCESS, ioas, "create_access", flags=flags)
+    return int(reply.create_access.out_access_fd)
+
+
+def access_pages(iommu: File, access: int, iova: int, length: int, uptr: int, flags: int = 0) -> int:
+    """ACCESS_PAGES; the id of the pin."""
+    op = abi.IOMMU_TEST_OP_ACCESS_PAGES
+    reply = run(iommu, op, access, "access_pages", iova=iova, length=length, uptr=uptr, flags=flags)
+    return int(reply.access_pages.out_access_pages_id)
+
+
+def destroy_pages(iommu: File, access: int, item: int) -> None:
+    """DESTROY_ACCESS_PAGES."""
+    op = abi.IOMMU_TEST_OP_DESTROY_ACCESS_PAGES
+    run(iommu, op, access, "destroy_access_pages", access_pages_id=item)
+
+
+def access_rw(iommu: File, access: int, iova: int, length: int, uptr: int, flags: int = 0) -> None:
+    """ACCESS_RW."""
+    op = abi.IOMMU_TEST_OP_ACCESS_RW
+    run(iommu, op, access, "access_rw", iova=iova, length=length, uptr=uptr, flags=flags)
+
+
+def access_replace(iommu: File, access: int, ioas: int) -> None:
+    """ACCESS_REPLACE_IOAS."""
+    op = abi.IOMMU_TEST_OP_ACCESS_REPLACE_IOAS
+    run(iommu, op, access, "access_replace_ioas", ioas_id=ioas)
+
+
+def memory_limit(iommu: File, limit: int) -> None:
+    """SET_TEMP_MEMORY_LIMIT, of the whole kernel."""
+    run(iommu, abi.IOMMU_TEST_OP_SET_TEMP_MEMORY_LIMIT, 0, "memory_limit", limit=limit)
