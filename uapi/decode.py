@@ -16,6 +16,7 @@ from uapi import registry
 from uapi.constants import Constant
 from uapi.cstruct import Struct, Union, fields_of
 from uapi.ioctl import Ioctl
+from uapi.iommufd_test import TEST_OP_MEMBERS, iommu_test_cmd
 
 #: One decoded call, ready for JSON. Keys: call, file, in, and either ret with out, or errno; and where they apply
 #: client, why (the model's reason), times (identical calls in a row), volatile (outputs that differ from run to run).
@@ -115,14 +116,25 @@ def _words(raw: bytes) -> list[int]:
     return words
 
 
+def _test_member(raw: bytes, union: Any) -> type[Struct] | None:
+    """The member of the mock driver's union that the command in `raw` uses; None outside the union, or unknown."""
+    if not issubclass(union, ctypes.Union):
+        return None
+    name = TEST_OP_MEMBERS.get(int.from_bytes(raw[4:8], "little"))
+    return next((member.ctype for member in fields_of(union) if member.name == name), None)
+
+
 def _values(struct: type[Struct] | type[Union], raw: bytes, base: int = 0) -> Iterator[tuple[str, Any, Any, bytes]]:
-    """(name, ctype, value, bytes) of each member; a union is given as its 64-bit words under `union`."""
+    """(name, ctype, value, bytes) of each member; a union is given as its 64-bit words under `union`, or as the member
+    that counts where that is known."""
     for member in fields_of(struct):
         descriptor = getattr(struct, member.name)
         start = base + descriptor.offset
         part = raw[start : start + ctypes.sizeof(member.ctype)]
         if member.spec.anonymous and issubclass(member.ctype, Struct):
             yield from _values(member.ctype, raw, start)
+        elif struct is iommu_test_cmd and (chosen := _test_member(raw, member.ctype)) is not None:
+            yield from _values(chosen, raw, start)
         elif issubclass(member.ctype, ctypes.Union):
             yield ("union" if member.spec.anonymous else member.name), member.ctype, _words(part), part
         elif issubclass(member.ctype, Struct):

@@ -265,6 +265,33 @@ class iommu_test_cmd(Struct):
     last: u32
 
 
+#: The member of the union that an operation uses.
+TEST_OP_MEMBERS = {
+    IOMMU_TEST_OP_ADD_RESERVED: "add_reserved",
+    IOMMU_TEST_OP_MOCK_DOMAIN: "mock_domain",
+    IOMMU_TEST_OP_MD_CHECK_MAP: "check_map",
+    IOMMU_TEST_OP_MD_CHECK_REFS: "check_refs",
+    IOMMU_TEST_OP_CREATE_ACCESS: "create_access",
+    IOMMU_TEST_OP_DESTROY_ACCESS_PAGES: "destroy_access_pages",
+    IOMMU_TEST_OP_ACCESS_PAGES: "access_pages",
+    IOMMU_TEST_OP_ACCESS_RW: "access_rw",
+    IOMMU_TEST_OP_SET_TEMP_MEMORY_LIMIT: "memory_limit",
+    IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE: "mock_domain_replace",
+    IOMMU_TEST_OP_ACCESS_REPLACE_IOAS: "access_replace_ioas",
+    IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS: "mock_domain_flags",
+    IOMMU_TEST_OP_DIRTY: "dirty",
+    IOMMU_TEST_OP_MD_CHECK_IOTLB: "check_iotlb",
+    IOMMU_TEST_OP_TRIGGER_IOPF: "trigger_iopf",
+    IOMMU_TEST_OP_DEV_CHECK_CACHE: "check_dev_cache",
+    IOMMU_TEST_OP_TRIGGER_VEVENT: "trigger_vevent",
+    IOMMU_TEST_OP_PASID_ATTACH: "pasid_attach",
+    IOMMU_TEST_OP_PASID_REPLACE: "pasid_replace",
+    IOMMU_TEST_OP_PASID_DETACH: "pasid_detach",
+    IOMMU_TEST_OP_PASID_CHECK_HWPT: "pasid_check",
+    IOMMU_TEST_OP_DMABUF_GET: "dmabuf_get",
+    IOMMU_TEST_OP_DMABUF_REVOKE: "dmabuf_revoke",
+}
+
 IOMMU_TEST_CMD = Ioctl(
     "IOMMU_TEST_CMD", IO(IOMMUFD_TYPE, IOMMUFD_CMD_BASE + 32), iommu_test_cmd, last="last", since="6.2", area="selftest"
 )

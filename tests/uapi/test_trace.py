@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from uapi import registry
 from uapi.backend import DEV_IOMMU
 from uapi.buffers import AnonymousBuffer
-from uapi.decode import find_ioctl, render, render_all
+from uapi.decode import decode, find_ioctl, render, render_all
 from uapi.iommufd import IOMMU_IOAS_ALLOC, IOMMU_IOAS_MAP, IOMMU_OPTION
+from uapi.iommufd_test import IOMMU_TEST_CMD, IOMMU_TEST_OP_CREATE_ACCESS, TEST_OP_MEMBERS
 from uapi.trace import LIMIT, Recorder
 from uapi.vfio import VFIO_DEVICE_BIND_IOMMUFD, VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, VFIO_IOMMU_GET_INFO
 
@@ -197,3 +199,18 @@ def test_only_the_last_calls_are_printed_with_their_numbers() -> None:
     lines = render_all([{"call": "close", "file": "fd1", "in": {}, "ret": 0}] * 5, last=2)
     assert lines[0].strip() == "… 3 earlier calls"
     assert lines[1].startswith("   4  close(fd1)")
+
+
+def test_the_mock_drivers_union_is_shown_by_its_operation() -> None:
+    before = IOMMU_TEST_CMD.make(op=IOMMU_TEST_OP_CREATE_ACCESS, id=1)
+    after = IOMMU_TEST_CMD.make(op=IOMMU_TEST_OP_CREATE_ACCESS, id=1)
+    after.create_access.out_access_fd = 9
+    event = ("ioctl", 0, 1, DEV_IOMMU, IOMMU_TEST_CMD.number, type(before), bytes(before), bytes(after), 0, 0, "")
+    assert [call["out"] for call in decode([event])] == [{"out_access_fd": "fd1"}]
+
+
+def test_every_operation_of_the_mock_driver_has_its_member() -> None:
+    operations = {
+        c.value for n, c in registry.constants(registry.TEST_HEADER).items() if n.startswith("IOMMU_TEST_OP_")
+    }
+    assert set(TEST_OP_MEMBERS) == operations
