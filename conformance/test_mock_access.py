@@ -156,7 +156,7 @@ def test_access_holds_the_context_and_its_mappings(kernel: Backend, buffer: Buff
         check_refs(again, buffer.address, PAGE, 0)
 
 
-@pytest.mark.parametrize("op", ["pages", "rw", "replace", "destroy"])
+@pytest.mark.parametrize("op", ["pages", "rw", pytest.param("replace", marks=pytest.mark.since("6.6")), "destroy"])
 def test_descriptor_of_something_else_is_ebadfd(iommu: File, ioas: int, buffer: Buffer, op: str) -> None:
     with memfd(PAGE) as plain:
         for fd in (0x7FFF_FFFF, 0xFFFF_FFFF, plain, iommu.fileno()):
@@ -413,6 +413,7 @@ def test_reply_of_a_pin_that_cannot_be_written_undoes_it(
 # -- another IOAS ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.since("6.6")
 def test_access_moves_to_another_ioas_without_its_pins(
     iommu: File, ioas: int, accesses: Accesses, buffer: Buffer
 ) -> None:
@@ -432,6 +433,7 @@ def test_access_moves_to_another_ioas_without_its_pins(
         destroy(iommu, second)
 
 
+@pytest.mark.since("6.6")
 def test_access_that_moves_to_its_own_ioas_keeps_its_pins(
     iommu: File, ioas: int, accesses: Accesses, buffer: Buffer
 ) -> None:
@@ -442,6 +444,7 @@ def test_access_that_moves_to_its_own_ioas_keeps_its_pins(
     destroy_pages(iommu, fd, item)
 
 
+@pytest.mark.since("6.6")
 def test_move_that_fails_changes_nothing(iommu: File, ioas: int, accesses: Accesses, buffer: Buffer) -> None:
     map_user(iommu, ioas, buffer.address, PAGE, iova=START)
     fd = accesses(ioas)
