@@ -330,6 +330,7 @@ def test_device_without_dirty_tracking_cannot_attach_to_a_domain_with_it(iommu: 
 # -- replace ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.since("6.6")
 def test_replace_of_an_unknown_device_is_enoent(iommu: File, ioas: int) -> None:
     mock = mock_domain(iommu, ioas)
     for number in (0, ioas, mock.idev, mock.hwpt, 99):
@@ -337,6 +338,7 @@ def test_replace_of_an_unknown_device_is_enoent(iommu: File, ioas: int) -> None:
             mock_replace(iommu, number, ioas)
 
 
+@pytest.mark.since("6.6")
 @pytest.mark.parametrize("number", [0, 99])
 def test_replace_by_an_unknown_page_table_is_enoent(iommu: File, ioas: int, number: int) -> None:
     mock = mock_domain(iommu, ioas)
@@ -344,6 +346,7 @@ def test_replace_by_an_unknown_page_table_is_enoent(iommu: File, ioas: int, numb
         mock_replace(iommu, mock.stdev, number)
 
 
+@pytest.mark.since("6.6")
 def test_replace_by_an_object_of_another_kind_is_einval(iommu: File, ioas: int) -> None:
     mock = mock_domain(iommu, ioas)
     for number in (mock.stdev, mock.idev):
@@ -351,12 +354,14 @@ def test_replace_by_an_object_of_another_kind_is_einval(iommu: File, ioas: int) 
             mock_replace(iommu, mock.stdev, number)
 
 
+@pytest.mark.since("6.6")
 def test_replace_by_the_same_changes_nothing(iommu: File, ioas: int) -> None:
     mock = mock_domain(iommu, ioas)
     assert mock_replace(iommu, mock.stdev, ioas) == mock.hwpt
     assert mock_replace(iommu, mock.stdev, mock.hwpt) == mock.hwpt
 
 
+@pytest.mark.since("6.6")
 def test_replace_rotates_and_the_automatic_hwpt_goes(iommu: File, ioas: int) -> None:
     mock = mock_domain(iommu, ioas)
     made = [hwpt_alloc(iommu, mock.idev, ioas) for _ in range(2)]
@@ -372,6 +377,7 @@ def test_replace_rotates_and_the_automatic_hwpt_goes(iommu: File, ioas: int) -> 
     destroy(iommu, made[1])
 
 
+@pytest.mark.since("6.6")
 def test_replace_by_another_ioas_frees_the_old_one(iommu: File, ioas: int) -> None:
     mock = mock_domain(iommu, ioas)
     other = ioas_alloc(iommu)
@@ -383,6 +389,7 @@ def test_replace_by_another_ioas_frees_the_old_one(iommu: File, ioas: int) -> No
         destroy(iommu, other)
 
 
+@pytest.mark.since("6.6")
 def test_reply_of_a_replace_that_cannot_be_written_keeps_the_effect(iommu: File, ioas: int) -> None:
     mock = mock_domain(iommu, ioas)
     other = ioas_alloc(iommu)
