@@ -124,6 +124,7 @@ def test_check_of_no_hwpt_is_enoent(iommu: File, ioas: int, hwpt: int) -> None:
             check_map(iommu, number, 1, 1, 1)
 
 
+@pytest.mark.since("6.6")
 def test_both_domains_of_an_ioas_hold_the_mapping(iommu: File, ioas: int, buffer: Buffer) -> None:
     mock = mock_domain(iommu, ioas)
     second = hwpt_alloc(iommu, mock.idev, ioas)
@@ -159,6 +160,7 @@ def test_mapping_without_a_domain_pins_nothing(iommu: File, ioas: int, buffer: B
     check_refs(iommu, buffer.address, PAGES * PAGE, 0)
 
 
+@pytest.mark.since("6.6")
 def test_mapping_pins_a_page_once_for_all_domains(iommu: File, ioas: int, buffer: Buffer) -> None:
     mock = mock_domain(iommu, ioas)
     iova = map_user(iommu, ioas, buffer.address, 4 * PAGE)
@@ -222,6 +224,7 @@ def test_pins_go_with_the_last_domain(iommu: File, ioas: int, buffer: Buffer) ->
     check_map(iommu, again.hwpt, iova, PAGE, buffer.address)
 
 
+@pytest.mark.since("6.6")
 def test_replace_keeps_the_pins_within_an_ioas(iommu: File, ioas: int, buffer: Buffer) -> None:
     mock = mock_domain(iommu, ioas)
     iova = map_user(iommu, ioas, buffer.address, PAGE)
