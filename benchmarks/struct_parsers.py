@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ typedef int __s32; typedef long long __s64; typedef unsigned long long __le64;
 """
 
 
-class Package:
+class Package(ABC):
     """One package under test."""
 
     name = ""
@@ -55,12 +56,13 @@ class Package:
     #: Where the headers lie.
     tree = Path()
 
+    @abstractmethod
     def load(self, text: str) -> None:
-        raise NotImplementedError
+        """Read declarations. The package's own errors."""
 
+    @abstractmethod
     def facts(self, struct: str) -> Facts:
         """LookupError where the struct is not known."""
-        raise NotImplementedError
 
 
 class Cffi(Package):
@@ -194,7 +196,7 @@ class Ours(Package):
     name = "@cstruct of iommulab"
 
     def load(self, text: str) -> None:
-        raise NotImplementedError
+        """Nothing to read: the classes are there."""
 
     def facts(self, struct: str) -> Facts:
         return _ctypes_facts(registry.structs()[struct])

@@ -2,6 +2,8 @@
 
 Mirrors the accesses of drivers/iommu/iommufd/device.c as IOMMU_TEST_CMD makes them: a descriptor each, which pins pages
 (and gives them back when a range is unmapped) or copies to and from them.
+
+One long file: making, pinning, moving and copying share the fixtures below, and most rows are of two lines.
 """
 
 from __future__ import annotations

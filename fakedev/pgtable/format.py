@@ -28,11 +28,6 @@ class PageTableFormat(ABC):
         """log2 of the bytes that an item of `level` covers."""
         return self.granule_lg2 + self.index_bits * level
 
-    @property
-    def leaf_bit(self) -> int:
-        """What marks a leaf above level 0."""
-        return 1 << 7
-
     @abstractmethod
     def kind(self, item: int, level: int) -> int:
         """EMPTY, TABLE or LEAF."""

@@ -11,7 +11,6 @@ from fakedev.pgtable.format import LEAF, TABLE, PageTableFormat
 
 #: How a walk ended.
 MAPPED, NOT_PRESENT, RESERVED_BITS, FETCH_FAILED = range(4)
-OUTCOMES = ("mapped", "not present", "reserved bits set", "table cannot be read")
 
 
 class Walk:

@@ -275,11 +275,6 @@ def paging_domain_alloc_flags(device: Device, flags: int) -> Domain:
     return device.iommu.domain_alloc_paging_flags(device, flags, None)
 
 
-def domain_free(domain: Domain) -> None:
-    """iommu_domain_free()."""
-    domain.free()
-
-
 def group_set_domain(group: Group, new: Domain) -> None:
     """Move every device of the group to `new`; after an error all are where they were."""
     if group.domain is new:
@@ -326,11 +321,6 @@ def attach_group(domain: Domain, group: Group) -> None:
     if driver is None or not _ops_compatible(driver, domain):
         raise KernelError(errno.EINVAL, f"the domain belongs to another IOMMU than group {group.id}")
     group_set_domain(group, domain)
-
-
-def detach_group(domain: Domain, group: Group) -> None:
-    """Put the group back into the domain that the core keeps for it: blocking under an owner, else the default."""
-    _group_set_core_domain(group)
 
 
 def attach_group_handle(domain: Domain, group: Group, handle: AttachHandle) -> None:

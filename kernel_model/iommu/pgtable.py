@@ -60,12 +60,6 @@ class PageTable:
         self._recent = 0
         self.root = pages.alloc()
 
-    @property
-    def possible_sizes(self) -> int:
-        """The page sizes of the format, as a bitmap."""
-        levels = range(min(self.format.max_leaf_level, self.top_level) + 1)
-        return sum(1 << self.format.item_lg2(level) for level in levels)
-
     # -- map ---------------------------------------------------------------------------------------------------------
 
     def map(self, iova: int, pa: int, length: int, prot: int, pgsize_bitmap: int) -> list[int]:

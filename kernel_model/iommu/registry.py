@@ -100,8 +100,3 @@ def _setup_default_domain(group: Group) -> None:
 def groups_of(devices: list[Device]) -> list[Group]:
     """The groups of `devices` by number."""
     return sorted({d.group.id: d.group for d in devices if d.group is not None}.values(), key=lambda group: group.id)
-
-
-def iommus_of(devices: list[Device]) -> list[IommuDriver]:
-    """The IOMMUs in front of `devices`, in the order of their first device."""
-    return list(dict.fromkeys(device.iommu for device in devices if device.iommu is not None))
