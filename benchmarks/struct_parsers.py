@@ -213,6 +213,10 @@ class Cstruct2(Package):
         self.make = importlib.import_module("cstruct2.cstruct2").cstruct2
         self.made: dict[str, Any] = {}
 
+    def load(self, text: str) -> None:
+        """ValueError: it reads no C; `transcribe` writes a struct out in its own notation."""
+        raise ValueError("it reads no C declarations")
+
     def transcribe(self, struct: type[Struct]) -> None:
         annotations: dict[str, Any] = {}
         values: dict[str, Any] = {}
