@@ -21,6 +21,7 @@ from kernel_model.errors import KernelBug, KernelError
 
 if TYPE_CHECKING:
     from fakedev.pci import PciFunction
+    from kernel_model.iommufd.user_data import UserData
 
 #: `prot` of a mapping.
 IOMMU_READ, IOMMU_WRITE, IOMMU_CACHE, IOMMU_NOEXEC, IOMMU_MMIO, IOMMU_PRIV = 1, 2, 4, 8, 16, 32
@@ -158,10 +159,10 @@ class IommuDriver(ABC):
         """The type and the bytes for IOMMU_GET_HW_INFO. EOPNOTSUPP for a `wanted_type` it does not have."""
 
     @abstractmethod
-    def domain_alloc_paging_flags(self, device: Device, flags: int, user_data: object | None = None) -> Domain:
+    def domain_alloc_paging_flags(self, device: Device, flags: int, user_data: UserData | None = None) -> Domain:
         """A new paging domain; `flags` are IOMMU_HWPT_ALLOC_*. EOPNOTSUPP for what the hardware cannot, ENOMEM."""
 
-    def domain_alloc_nested(self, device: Device, parent: Domain, flags: int, user_data: object) -> Domain:
+    def domain_alloc_nested(self, device: Device, parent: Domain, flags: int, user_data: UserData) -> Domain:
         """A nested domain on `parent`. EOPNOTSUPP without nesting."""
         raise KernelError(errno.EOPNOTSUPP, f"{self.name} has no nested translation")
 

@@ -1,29 +1,30 @@
 """HWPTs: a domain of the IOMMU as an object, after hw_pagetable.c of drivers/iommu/iommufd.
 
 A paging HWPT holds what its IOAS maps. An automatic one is made by attaching a device to an IOAS and dies with its last
-attachment. Left out: nested HWPTs, for which the IOMMU of the model's machines has no hardware, those of the mock
-driver too.
+attachment. A nested one is the guest's own stage on top of a paging one.
 """
 
 from __future__ import annotations
 
 import errno
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from kernel_model.errors import KernelError
-from kernel_model.ioctl import UserCommand
+from kernel_model.errors import KernelBug, KernelError
 from kernel_model.iommu import core
 from kernel_model.iommufd.ctx import Context
 from kernel_model.iommufd.eventq import Fault
 from kernel_model.iommufd.ioas import Ioas
 from kernel_model.iommufd.object import Object
+from kernel_model.iommufd.user_data import UserData
 from uapi.iommufd import (
     IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
     IOMMU_HWPT_ALLOC_NEST_PARENT,
     IOMMU_HWPT_ALLOC_PASID,
     IOMMU_HWPT_FAULT_ID_VALID,
-    iommu_hwpt_alloc,
 )
+
+if TYPE_CHECKING:
+    from kernel_model.iommufd.viommu import Viommu
 
 _FLAGS = (
     "IOMMU_HWPT_ALLOC_NEST_PARENT",
@@ -33,45 +34,78 @@ _FLAGS = (
 )
 
 
-class UserData:
-    """`struct iommu_user_data`: a driver's own struct in the caller's memory."""
+class Hwpt(Object):
+    """`struct iommufd_hw_pagetable`: what a device can be attached to."""
 
-    __slots__ = ("address", "call", "length", "type")
+    __slots__ = ("domain", "fault", "pasid_compat")
 
-    def __init__(self, ucmd: UserCommand[Context, iommu_hwpt_alloc]) -> None:
-        self.call = ucmd.call
-        self.type: int = ucmd.cmd.data_type
-        self.address: int = ucmd.cmd.data_uptr
-        self.length: int = ucmd.cmd.data_len
-
-
-class HwptPaging(Object):
-    """`struct iommufd_hwpt_paging`."""
-
-    __slots__ = ("auto_domain", "domain", "enforces_cache_coherency", "fault", "ioas", "nest_parent", "pasid_compat")
-
-    def __init__(self, ctx: Context, ioas: Ioas, flags: int) -> None:
+    def __init__(self, ctx: Context, flags: int) -> None:
         super().__init__(ctx)
         self.domain: core.Domain | None = None
-        self.ioas = ioas
+        #: Where faults of the devices go (IOMMU_HWPT_FAULT_ID_VALID).
         self.fault: Fault | None = None
+        self.pasid_compat = bool(flags & IOMMU_HWPT_ALLOC_PASID)
+
+    @property
+    def paging(self) -> HwptPaging:
+        """The HWPT whose IOAS the devices reach in the end: itself, or the parent of a nested one."""
+        raise KernelBug("neither paging nor nested")
+
+    def _free(self) -> None:
+        if self.domain is not None:
+            self.domain.free()
+            self.domain = None
+        if self.fault is not None:
+            self.fault.users -= 1
+
+
+class HwptPaging(Hwpt):
+    """`struct iommufd_hwpt_paging`."""
+
+    __slots__ = ("auto_domain", "enforces_cache_coherency", "ioas", "nest_parent")
+
+    def __init__(self, ctx: Context, ioas: Ioas, flags: int) -> None:
+        super().__init__(ctx, flags)
+        self.ioas = ioas
         self.auto_domain = False
         self.enforces_cache_coherency = False
         self.nest_parent = bool(flags & IOMMU_HWPT_ALLOC_NEST_PARENT)
-        self.pasid_compat = bool(flags & IOMMU_HWPT_ALLOC_PASID)
         ioas.users += 1
+
+    @property
+    def paging(self) -> HwptPaging:
+        return self
 
     def destroy(self) -> None:
         if self in self.ioas.hwpts:
             assert self.domain is not None
             self.ioas.hwpts.remove(self)
             self.ioas.iopt.remove_domain(self.domain)
-        if self.domain is not None:
-            self.domain.free()
-            self.domain = None
-        if self.fault is not None:
-            self.fault.users -= 1
+        self._free()
         self.ioas.users -= 1
+
+
+class HwptNested(Hwpt):
+    """`struct iommufd_hwpt_nested`: the guest's own stage on top of a paging HWPT, perhaps within a vIOMMU."""
+
+    __slots__ = ("parent", "viommu")
+
+    def __init__(self, ctx: Context, parent: HwptPaging, viommu: Viommu | None, flags: int) -> None:
+        super().__init__(ctx, flags)
+        self.parent = parent
+        self.viommu = viommu
+        #: A vIOMMU holds the parent itself.
+        holds: Object = viommu if viommu is not None else parent
+        holds.users += 1
+
+    @property
+    def paging(self) -> HwptPaging:
+        return self.parent
+
+    def destroy(self) -> None:
+        self._free()
+        holds: Object = self.viommu if self.viommu is not None else self.parent
+        holds.users -= 1
 
 
 class Attachment(Protocol):

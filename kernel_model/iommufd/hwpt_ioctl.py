@@ -9,9 +9,10 @@ from kernel_model.ioctl import UserCommand
 from kernel_model.iommufd.ctx import Context, table
 from kernel_model.iommufd.device import IommufdDevice
 from kernel_model.iommufd.eventq import Fault
-from kernel_model.iommufd.hwpt import HwptPaging, UserData, paging_alloc
+from kernel_model.iommufd.hwpt import HwptPaging, paging_alloc
 from kernel_model.iommufd.ioas import Ioas
 from kernel_model.iommufd.object import Object
+from kernel_model.iommufd.user_data import UserData
 from uapi.iommufd import (
     IOMMU_HWPT_ALLOC,
     IOMMU_HWPT_ALLOC_PASID,
@@ -42,7 +43,7 @@ def hwpt_alloc(ucmd: UserCommand[Context, iommu_hwpt_alloc]) -> None:
     except KernelError as error:
         raise KernelError(errno.EINVAL, f"no object has the id {cmd.pt_id}") from error
     if isinstance(parent, Ioas):
-        data = UserData(ucmd) if cmd.data_len else None
+        data = UserData(ucmd.call, cmd.data_type, cmd.data_uptr, cmd.data_len) if cmd.data_len else None
         hwpt = paging_alloc(ctx, parent, idev.dev, idev.enforce_cache_coherency, cmd.flags, data, None)
     elif isinstance(parent, HwptPaging):
         _check_nested(cmd, idev, parent)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from fakedev.memory import ADDRESS_BITS
 from fakedev.pgtable.vtd_ss import SS_SNP, VtdSecondStage
@@ -38,6 +39,10 @@ from uapi.iommufd import (
     IOMMU_HWPT_ALLOC_NEST_PARENT,
     IOMMU_HWPT_ALLOC_PASID,
 )
+
+if TYPE_CHECKING:
+    from kernel_model.iommufd.user_data import UserData
+
 
 _IOAPIC_START, _IOAPIC_LENGTH = 0xFEE0_0000, 0x10_0000
 _SECOND_STAGE_FLAGS = IOMMU_HWPT_ALLOC_NEST_PARENT | IOMMU_HWPT_ALLOC_DIRTY_TRACKING | IOMMU_HWPT_ALLOC_PASID
@@ -285,7 +290,7 @@ class IntelIommu(IommuDriver):
         flags = IOMMU_HW_INFO_VTD_ERRATA_772415_SPR17
         return IOMMU_HW_INFO_TYPE_INTEL_VTD, struct.pack("<IIQQ", flags, 0, caps.cap, caps.ecap)
 
-    def domain_alloc_paging_flags(self, device: Device, flags: int, user_data: object | None = None) -> Domain:
+    def domain_alloc_paging_flags(self, device: Device, flags: int, user_data: UserData | None = None) -> Domain:
         if user_data is not None:
             raise KernelError(errno.EOPNOTSUPP, "a paging domain takes no data")
         if flags & ~_SECOND_STAGE_FLAGS:

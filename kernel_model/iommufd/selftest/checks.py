@@ -1,0 +1,83 @@
+"""Operations that look behind the scenes, after drivers/iommu/iommufd/selftest.c.
+
+Left out: MD_CHECK_REFS counts every page, also those of huge pages, which the kernel passes over. SET_TEMP_MEMORY_LIMIT
+has no effect: there are no batches.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from kernel_model.errors import KernelError
+from kernel_model.interval import U64_MAX
+from kernel_model.iommu.core import IOMMU_DOMAIN_UNMANAGED
+from kernel_model.iommufd.hwpt import HwptPaging
+from kernel_model.iommufd.ioas import Ioas
+from kernel_model.iommufd.selftest.operations import TestCommand, callers_pages, operation
+from kernel_model.process import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
+
+#: The size of one element of a batch of pages; no limit is smaller.
+_BATCH_ELEMENT = 12
+
+
+@operation("IOMMU_TEST_OP_ADD_RESERVED")
+def _add_reserved(ucmd: TestCommand) -> None:
+    """EINVAL: length 0. EOVERFLOW: the range wraps. ENOENT: no such IOAS. EADDRINUSE: see `IoPagetable.reserve`."""
+    start, length = ucmd.cmd.add_reserved.start, ucmd.cmd.add_reserved.length
+    if not length:
+        raise KernelError(errno.EINVAL, "length is zero")
+    last = start + length - 1
+    if last > U64_MAX:
+        raise KernelError(errno.EOVERFLOW, f"{start:#x} + {length:#x} wraps")
+    ucmd.ctx.objects.get(ucmd.cmd.id, Ioas).iopt.reserve(start, last, None)
+
+
+@operation("IOMMU_TEST_OP_MD_CHECK_MAP")
+def _md_check_map(ucmd: TestCommand) -> None:
+    """ENOENT: no such HWPT. EINVAL: not a mock domain; off its smallest page; other pages are mapped. EFAULT."""
+    ctx, check = ucmd.ctx, ucmd.cmd.check_map
+    domain = ctx.objects.get(ucmd.cmd.id, HwptPaging).domain
+    if domain is None or domain.type != IOMMU_DOMAIN_UNMANAGED or domain.owner is not ctx.kernel.mock_iommu:
+        raise KernelError(errno.EINVAL, f"HWPT {ucmd.cmd.id} is no mock domain")
+    step = domain.pgsize_bitmap & -domain.pgsize_bitmap
+    iova, length, address = check.iova, check.length, check.uptr
+    if (iova | length | address) & (step - 1) or address + length > U64_MAX:
+        raise KernelError(errno.EINVAL, f"{iova:#x}, {length:#x} or {address:#x} is off the smallest page")
+    if not length:
+        return
+    offset = address & PAGE_MASK
+    npages = (offset + length + PAGE_MASK) >> PAGE_SHIFT
+    done = 0
+    for page in callers_pages(ucmd.call, address, npages):
+        while done < length and offset < PAGE_SIZE:
+            if domain.iova_to_phys(iova + done) != page + offset:
+                raise KernelError(errno.EINVAL, f"another page stands at {iova + done:#x}")
+            done += step
+            offset += step
+        offset = 0
+
+
+@operation("IOMMU_TEST_OP_MD_CHECK_REFS")
+def _md_check_refs(ucmd: TestCommand) -> None:
+    """EINVAL: off the page, or a wrap. EFAULT. EIO: a page is not pinned `refs` times."""
+    check = ucmd.cmd.check_refs
+    address, length = check.uptr, check.length
+    if (address | length) & PAGE_MASK or address + length > U64_MAX:
+        raise KernelError(errno.EINVAL, f"{address:#x} and {length:#x} are not whole pages")
+    pinned = [
+        run
+        for context in ucmd.ctx.kernel.contexts
+        for pages in {area.pages for ioas in context.objects.each(Ioas) for area in ioas.iopt.areas.values()}
+        for run in pages.pinned_runs
+    ]
+    for page in callers_pages(ucmd.call, address, length >> PAGE_SHIFT):
+        refs = sum(start <= page < start + (npages << PAGE_SHIFT) for start, npages in pinned)
+        if refs != check.refs:
+            raise KernelError(errno.EIO, f"the page at {page:#x} is pinned {refs} times")
+
+
+@operation("IOMMU_TEST_OP_SET_TEMP_MEMORY_LIMIT")
+def _set_memory_limit(ucmd: TestCommand) -> None:
+    """EINVAL: less than a batch of one page needs."""
+    if ucmd.cmd.memory_limit.limit < _BATCH_ELEMENT:
+        raise KernelError(errno.EINVAL, f"a limit of {ucmd.cmd.memory_limit.limit} bytes")

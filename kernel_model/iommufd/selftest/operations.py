@@ -1,0 +1,72 @@
+"""The table of IOMMU_TEST_CMD's operations, and how they look at the caller's pages.
+
+Left out, and EOPNOTSUPP like an unknown operation: DIRTY, MD_CHECK_IOTLB, TRIGGER_IOPF, DEV_CHECK_CACHE,
+TRIGGER_VEVENT, PASID_ATTACH, PASID_REPLACE, PASID_DETACH, PASID_CHECK_HWPT, DMABUF_GET, DMABUF_REVOKE; and the fuzzer's
+way to give an IOVA (MOCK_FLAGS_ACCESS_SYZ), here and in the IOAS calls.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+
+from kernel_model.errors import KernelError
+from kernel_model.file import SystemCall
+from kernel_model.interval import U64_MAX
+from kernel_model.ioctl import UserCommand
+from kernel_model.iommufd.ctx import Context, table
+from kernel_model.iommufd.pages import Runs, UserPages
+from kernel_model.process import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
+from uapi import iommufd_test as abi
+from uapi.iommufd_test import IOMMU_TEST_CMD, iommu_test_cmd
+
+TestCommand = UserCommand[Context, iommu_test_cmd]
+Operation = Callable[[TestCommand], None]
+
+#: By number: the operation's name and what serves it.
+_OPERATIONS: dict[int, tuple[str, Operation]] = {}
+
+
+def operation(*names: str) -> Callable[[Operation], Operation]:
+    """Serve these operations (IOMMU_TEST_OP_*) by the decorated function."""
+
+    def register(serve: Operation) -> Operation:
+        for name in names:
+            _OPERATIONS[getattr(abi, name)] = (name, serve)
+        return serve
+
+    return register
+
+
+@table.handles(IOMMU_TEST_CMD)
+def test(ucmd: TestCommand) -> None:
+    """EOPNOTSUPP: an operation that the release does not have. Otherwise see the operations."""
+    name, serve = _OPERATIONS.get(ucmd.cmd.op, ("", None))
+    if serve is None or name not in ucmd.ctx.kernel.profile.constants:
+        raise KernelError(errno.EOPNOTSUPP, f"no test operation {ucmd.cmd.op}")
+    serve(ucmd)
+
+
+def callers_pages(call: SystemCall, address: int, npages: int) -> Iterator[int]:
+    """get_user_pages_fast(), page after page: the physical address of each of the caller's. EFAULT at its turn."""
+    address &= ~PAGE_MASK
+    if not npages:
+        return
+    try:
+        yield from _flat(_locate(call, address, npages))
+    except KernelError:
+        for index in range(npages):
+            yield from _flat(_locate(call, address + (index << PAGE_SHIFT), 1))
+
+
+def _locate(call: SystemCall, address: int, npages: int) -> Runs:
+    if address + (npages << PAGE_SHIFT) > U64_MAX:
+        raise KernelError(errno.EFAULT, f"{address:#x} is no user address")
+    pages = UserPages(call.kernel, call.process, address, npages << PAGE_SHIFT, False)
+    with pages.borrowed(0, npages - 1) as runs:
+        return runs
+
+
+def _flat(runs: Runs) -> Iterator[int]:
+    for start, npages in runs:
+        yield from range(start, start + (npages << PAGE_SHIFT), PAGE_SIZE)
