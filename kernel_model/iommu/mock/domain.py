@@ -22,8 +22,10 @@ from kernel_model.iommu.core import (
     IommuDriver,
 )
 from uapi.iommufd_test import (
+    IOMMU_TEST_DEV_CACHE_DEFAULT,
     MOCK_APERTURE_LAST,
     MOCK_APERTURE_START,
+    MOCK_DEV_CACHE_NUM,
     MOCK_FLAGS_DEVICE_NO_DIRTY,
     MOCK_HUGE_PAGE_SIZE,
 )
@@ -47,6 +49,8 @@ class MockDevice(Device):
         super().__init__(f"iommufd_mock{number}", iommu)
         self.number = number
         self.flags = flags
+        #: What IOMMU_TEST_OP_DEV_CHECK_CACHE looks at; a vIOMMU's invalidation clears it.
+        self.cache = [IOMMU_TEST_DEV_CACHE_DEFAULT] * MOCK_DEV_CACHE_NUM
 
     @property
     def tracks_dirty(self) -> bool:

@@ -11,10 +11,13 @@ import errno
 from kernel_model.errors import KernelError
 from kernel_model.interval import U64_MAX
 from kernel_model.iommu.core import IOMMU_DOMAIN_UNMANAGED
+from kernel_model.iommu.mock.domain import MockDevice
+from kernel_model.iommufd.device import IommufdDevice
 from kernel_model.iommufd.hwpt import HwptPaging
 from kernel_model.iommufd.ioas import Ioas
 from kernel_model.iommufd.selftest.operations import TestCommand, callers_pages, operation
 from kernel_model.process import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
+from uapi.iommufd_test import MOCK_DEV_CACHE_ID_MAX
 
 #: The size of one element of a batch of pages; no limit is smaller.
 _BATCH_ELEMENT = 12
@@ -74,6 +77,15 @@ def _md_check_refs(ucmd: TestCommand) -> None:
         refs = sum(start <= page < start + (npages << PAGE_SHIFT) for start, npages in pinned)
         if refs != check.refs:
             raise KernelError(errno.EIO, f"the page at {page:#x} is pinned {refs} times")
+
+
+@operation("IOMMU_TEST_OP_DEV_CHECK_CACHE")
+def _dev_check_cache(ucmd: TestCommand) -> None:
+    """ENOENT: no such device. EINVAL: no such entry, or it holds something else."""
+    check = ucmd.cmd.check_dev_cache
+    device = ucmd.ctx.objects.get(ucmd.cmd.id, IommufdDevice).dev
+    if not isinstance(device, MockDevice) or check.id > MOCK_DEV_CACHE_ID_MAX or device.cache[check.id] != check.cache:
+        raise KernelError(errno.EINVAL, f"entry {check.id} is not {check.cache:#x}")
 
 
 @operation("IOMMU_TEST_OP_SET_TEMP_MEMORY_LIMIT")
