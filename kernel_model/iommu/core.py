@@ -5,8 +5,8 @@ is in exactly one *group* (what the hardware cannot tell apart); a group is in e
 At boot that is the default domain, which kernel drivers would use. A user (iommufd, a VFIO container) first claims
 the ownership of the group, which puts it in the blocking domain, then attaches domains of its own.
 
-Left out: PASID attachment (`attach_device_pasid` and its kin), deferred attach, changing a default domain through
-sysfs, recovery around a reset (it concerns ATS-capable devices only), mutexes (no call runs inside another).
+Left out: deferred attach, PASIDs without a handle (a kernel driver's), changing a default domain through sysfs,
+recovery around a reset (it concerns ATS-capable devices only), mutexes (no call runs inside another).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kernel_model.errors import KernelBug, KernelError
 
 if TYPE_CHECKING:
     from fakedev.pci import PciFunction
-    from kernel_model.iommufd.user_data import UserData
+    from kernel_model.iommufd.user_data import UserData, UserDataArray
 
 #: `prot` of a mapping.
 IOMMU_READ, IOMMU_WRITE, IOMMU_CACHE, IOMMU_NOEXEC, IOMMU_MMIO, IOMMU_PRIV = 1, 2, 4, 8, 16, 32
@@ -82,6 +82,12 @@ class Domain(ABC):
     pgsize_bitmap = 0
     #: Whether dirty tracking may be switched on (`domain->dirty_ops`).
     dirty_ops = False
+    #: Whether a device's PASID can be attached: there is a `set_dev_pasid`.
+    takes_pasids = False
+    #: Who gets the page faults of attached devices, as groups (`domain->iopf_handler`).
+    iopf_handler: Callable[[Any], None] | None = None
+    #: The HWPT that the domain belongs to (`domain->iommufd_hwpt`).
+    iommufd_hwpt: Any = None
 
     def __init__(self, owner: IommuDriver) -> None:
         #: The driver that made it, which alone can attach it.
@@ -90,6 +96,10 @@ class Domain(ABC):
     @abstractmethod
     def attach_dev(self, device: Device, old: Domain | None) -> None:
         """Let the hardware translate `device` by this domain. EINVAL: incompatible, another domain may do."""
+
+    def set_dev_pasid(self, device: Device, pasid: int, old: Domain | None) -> None:
+        """Let the hardware translate requests of `device` with this PASID by this domain instead of `old`."""
+        raise KernelBug(f"{type(self).__name__} takes no PASIDs")
 
     def map(self, iova: int, pa: int, length: int, prot: int) -> None:
         """iommu_map(): map [iova, iova + length) to `pa` and flush what the hardware may have cached.
@@ -122,6 +132,12 @@ class Domain(ABC):
     def iova_to_phys(self, iova: int) -> int | None:
         """The physical address behind `iova`, None where nothing is mapped."""
         return None
+
+    def cache_invalidate_user(self, array: UserDataArray) -> None:
+        """Drop what a nested domain's hardware caches of the guest's tables; `array.entry_num` becomes the number of
+        entries handled, also on an error. EOPNOTSUPP: the driver has no such thing."""
+        array.entry_num = 0
+        raise KernelError(errno.EOPNOTSUPP, f"{type(self).__name__} has no cache that a user invalidates")
 
     def enforce_cache_coherency(self) -> bool:
         """Make every later mapping ignore a device's no-snoop attribute; False where the hardware cannot."""
@@ -346,8 +362,94 @@ def replace_group_handle(group: Group, new: Domain, handle: AttachHandle) -> Non
     group.pasid_array[IOMMU_NO_PASID] = handle
 
 
+# -- the domain of a PASID -------------------------------------------------------------------------------------------
+
+
+def _set_group_pasid(domain: Domain, group: Group, pasid: int, old: Domain | None) -> None:
+    """Move a PASID of every device that has PASIDs; after an error all are where they were, or nowhere."""
+    capable = [device for device in group.devices if device.max_pasids]
+    for index, device in enumerate(capable):
+        try:
+            domain.set_dev_pasid(device, pasid, old)
+        except KernelError:
+            for moved in capable[:index]:
+                if old is None:
+                    _remove_dev_pasid(moved, pasid, domain)
+                else:
+                    _put_back(moved, pasid, old, domain)
+            raise
+
+
+def _put_back(device: Device, pasid: int, old: Domain, failed: Domain) -> None:
+    try:
+        old.set_dev_pasid(device, pasid, failed)
+    except KernelError as error:
+        raise KernelBug(f"{device.name} cannot go back on PASID {pasid}") from error
+
+
+def _remove_dev_pasid(device: Device, pasid: int, domain: Domain) -> None:
+    blocked = device.iommu.blocked_domain if device.iommu is not None else None
+    if blocked is None:
+        raise KernelBug(f"{device.name} has no blocked domain")
+    blocked.set_dev_pasid(device, pasid, domain)
+
+
+def attach_device_pasid(domain: Domain, device: Device, pasid: int, handle: AttachHandle) -> None:
+    """Attach one PASID of the device's whole group. Devices without PASIDs are passed over, and need none.
+
+    In order: ENODEV, no group; EOPNOTSUPP, the domain or the driver takes no PASIDs; EINVAL, another driver's domain,
+    PASID 0, or beyond what a device of the group has; EBUSY, the PASID is attached; the driver's errnos.
+    """
+    group, driver = device.group, device.iommu
+    if group is None or driver is None:
+        raise KernelError(errno.ENODEV, f"{device.name} is in no IOMMU group")
+    if not domain.takes_pasids or driver.blocked_domain is None or not driver.blocked_domain.takes_pasids:
+        raise KernelError(errno.EOPNOTSUPP, f"{driver.name} takes no PASIDs")
+    if not _ops_compatible(driver, domain) or pasid == IOMMU_NO_PASID:
+        raise KernelError(errno.EINVAL, f"PASID {pasid} with a domain of {domain.owner.name}")
+    for member in group.devices:
+        if member.max_pasids and pasid >= member.max_pasids:
+            raise KernelError(errno.EINVAL, f"{member.name} has {member.max_pasids} PASIDs")
+    if pasid in group.pasid_array:
+        raise KernelError(errno.EBUSY, f"PASID {pasid} of group {group.id} is attached")
+    _set_group_pasid(domain, group, pasid, None)
+    handle.domain = domain
+    group.pasid_array[pasid] = handle
+
+
+def replace_device_pasid(domain: Domain, device: Device, pasid: int, handle: AttachHandle) -> None:
+    """Move one PASID of the device's group to `domain`. After an error it is where it was.
+
+    In order: ENODEV and EOPNOTSUPP as in `attach_device_pasid`; EINVAL, another driver's domain, PASID 0, or it is not
+    attached; the driver's errnos.
+    """
+    group, driver = device.group, device.iommu
+    if group is None or driver is None:
+        raise KernelError(errno.ENODEV, f"{device.name} is in no IOMMU group")
+    if not domain.takes_pasids:
+        raise KernelError(errno.EOPNOTSUPP, f"{driver.name} takes no PASIDs")
+    current = group.pasid_array.get(pasid)
+    if not _ops_compatible(driver, domain) or pasid == IOMMU_NO_PASID or current is None:
+        raise KernelError(errno.EINVAL, f"PASID {pasid} of group {group.id} cannot be replaced")
+    if current.domain is not domain:
+        _set_group_pasid(domain, group, pasid, current.domain)
+    handle.domain = domain
+    group.pasid_array[pasid] = handle
+
+
+def detach_device_pasid(domain: Domain, device: Device, pasid: int) -> None:
+    """Undo `attach_device_pasid`. Cannot fail."""
+    group = device.group
+    if group is None:
+        raise KernelBug(f"{device.name} is in no group")
+    for member in group.devices:
+        if member.max_pasids:
+            _remove_dev_pasid(member, pasid, domain)
+    group.pasid_array.pop(pasid, None)
+
+
 def attach_handle_get(group: Group, pasid: int = IOMMU_NO_PASID, domain_type: int = 0) -> AttachHandle:
-    """The handle of the group's attachment. ENOENT: none; EBUSY: its domain is of another type."""
+    """The handle of what is attached. ENOENT: nothing; EBUSY: its domain is of another type."""
     handle = group.pasid_array.get(pasid)
     if handle is None:
         raise KernelError(errno.ENOENT, f"group {group.id} has no attach handle for pasid {pasid}")

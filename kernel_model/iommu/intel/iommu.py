@@ -113,6 +113,7 @@ class BlockedDomain(Domain):
     """No translation at all: the context entry is not present."""
 
     type = IOMMU_DOMAIN_BLOCKED
+    takes_pasids = True
 
     def attach_dev(self, device: Device, old: Domain | None) -> None:
         block_translation(device)
@@ -135,7 +136,12 @@ class IdentityDomain(Domain):
 
 
 class SecondStageDomain(Domain):
-    """`struct dmar_domain` with a second-stage table."""
+    """`struct dmar_domain` with a second-stage table.
+
+    `takes_pasids` is the driver's, whatever the unit can: a device without PASIDs never gets to `set_dev_pasid`.
+    """
+
+    takes_pasids = True
 
     def __init__(self, owner: IntelIommu, unit: IntelUnit, address_bits: int, top_level: int) -> None:
         super().__init__(owner)

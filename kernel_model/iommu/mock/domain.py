@@ -1,4 +1,4 @@
-"""Domains of the mock driver, and its devices, after drivers/iommu/iommufd/selftest.c at 7.3.
+"""Domains of the mock driver after drivers/iommu/iommufd/selftest.c at 7.3; devices and attaching are in `attach`.
 
 No hardware looks at a mock domain, so its table is a sorted list of extents instead of words in RAM; pages of it are
 checked by the operations of `iommufd.selftest`. Left out: dirty bits (a domain may be allocated with dirty tracking,
@@ -8,30 +8,14 @@ and the device's flag counts, but nothing is ever switched on).
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from sortedcontainers import SortedDict
 
 from kernel_model.errors import KernelBug, KernelError
-from kernel_model.iommu.core import (
-    IOMMU_DOMAIN_BLOCKED,
-    IOMMU_READ,
-    IOMMU_WRITE,
-    Device,
-    Domain,
-    IommuDriver,
-)
-from uapi.iommufd_test import (
-    IOMMU_TEST_DEV_CACHE_DEFAULT,
-    MOCK_APERTURE_LAST,
-    MOCK_APERTURE_START,
-    MOCK_DEV_CACHE_NUM,
-    MOCK_FLAGS_DEVICE_NO_DIRTY,
-    MOCK_HUGE_PAGE_SIZE,
-)
-
-if TYPE_CHECKING:
-    pass
+from kernel_model.iommu.core import IOMMU_DOMAIN_BLOCKED, IOMMU_READ, IOMMU_WRITE, IommuDriver
+from kernel_model.iommu.mock.attach import MockDevice as MockDevice
+from kernel_model.iommu.mock.attach import MockDomain as MockDomain
+from uapi.iommufd_test import MOCK_APERTURE_LAST, MOCK_APERTURE_START, MOCK_HUGE_PAGE_SIZE
 
 #: Every power of two from 2 KiB up to half of what three levels of 512 entries and a top level reach.
 _DEFAULT_PAGE_SIZES = 0x1F_FFFF_F800
@@ -40,37 +24,13 @@ _HUGE_PAGE_SIZES = MOCK_HUGE_PAGE_SIZE | 4096
 _HUGE_LAST = (1 << 38) - 1
 
 
-class MockDevice(Device):
-    """`struct mock_dev`: a device in a group of its own."""
-
-    is_mock = True
-
-    def __init__(self, iommu: IommuDriver, number: int, flags: int) -> None:
-        super().__init__(f"iommufd_mock{number}", iommu)
-        self.number = number
-        self.flags = flags
-        #: What IOMMU_TEST_OP_DEV_CHECK_CACHE looks at; a vIOMMU's invalidation clears it.
-        self.cache = [IOMMU_TEST_DEV_CACHE_DEFAULT] * MOCK_DEV_CACHE_NUM
-
-    @property
-    def tracks_dirty(self) -> bool:
-        return not self.flags & MOCK_FLAGS_DEVICE_NO_DIRTY
-
-
-class _MockDomain(Domain):
-    def attach_dev(self, device: Device, old: Domain | None) -> None:
-        """mock_domain_nop_attach(). EINVAL: dirty tracking on a device that is to have none."""
-        if self.dirty_ops and isinstance(device, MockDevice) and not device.tracks_dirty:
-            raise KernelError(errno.EINVAL, f"{device.name} tracks no dirty pages")
-
-
-class MockBlockingDomain(_MockDomain):
+class MockBlockingDomain(MockDomain):
     """The static domain that translates nothing; also the default of every mock group."""
 
     type = IOMMU_DOMAIN_BLOCKED
 
 
-class MockPagingDomain(_MockDomain):
+class MockPagingDomain(MockDomain):
     """`struct mock_iommu_domain`."""
 
     def __init__(self, owner: IommuDriver, huge: bool, dirty: bool) -> None:
