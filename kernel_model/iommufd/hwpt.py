@@ -7,6 +7,7 @@ attachment. A nested one is the guest's own stage on top of a paging one.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from kernel_model.errors import KernelBug, KernelError
@@ -15,7 +16,7 @@ from kernel_model.iommufd.ctx import Context
 from kernel_model.iommufd.eventq import Fault
 from kernel_model.iommufd.ioas import Ioas
 from kernel_model.iommufd.object import Object
-from kernel_model.iommufd.user_data import UserData
+from kernel_model.iommufd.user_data import UserData, UserDataArray
 from uapi.iommufd import (
     IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
     IOMMU_HWPT_ALLOC_NEST_PARENT,
@@ -32,6 +33,7 @@ _FLAGS = (
     "IOMMU_HWPT_FAULT_ID_VALID",
     "IOMMU_HWPT_ALLOC_PASID",
 )
+_NESTED_FLAGS = IOMMU_HWPT_FAULT_ID_VALID | IOMMU_HWPT_ALLOC_PASID
 
 
 class Hwpt(Object):
@@ -102,6 +104,11 @@ class HwptNested(Hwpt):
     def paging(self) -> HwptPaging:
         return self.parent
 
+    def cache_invalidate(self, array: UserDataArray) -> None:
+        """See `Domain.cache_invalidate_user`."""
+        assert self.domain is not None
+        self.domain.cache_invalidate_user(array)
+
     def destroy(self) -> None:
         self._free()
         holds: Object = self.viommu if self.viommu is not None else self.parent
@@ -157,4 +164,34 @@ def paging_alloc(
         ctx.objects.abort(hwpt)
         raise
     ioas.hwpts.append(hwpt)
+    return hwpt
+
+
+def nested_alloc(ctx: Context, parent: HwptPaging, dev: core.Device, flags: int, user_data: UserData) -> HwptNested:
+    """iommufd_hwpt_nested_alloc(): a nested HWPT directly on `parent`; not yet visible.
+
+    EOPNOTSUPP: flags, no data, or a driver that never nests. EINVAL: the parent is automatic, was not made for nesting,
+    or is another driver's. Then the driver's errnos.
+    """
+    driver = dev.iommu
+    if flags & ~_NESTED_FLAGS or not user_data.length or driver is None or not driver.has_nested:
+        raise KernelError(errno.EOPNOTSUPP, f"flags {flags:#x} with {user_data.length} bytes of data")
+    below = parent.domain
+    if parent.auto_domain or not parent.nest_parent or below is None or below.owner is not driver:
+        raise KernelError(errno.EINVAL, f"HWPT {parent.id} is no parent for nesting")
+    return nested_hwpt(ctx, parent, None, flags, lambda rest: driver.domain_alloc_nested(dev, below, rest, user_data))
+
+
+def nested_hwpt(
+    ctx: Context, parent: HwptPaging, viommu: Viommu | None, flags: int, alloc: Callable[[int], core.Domain]
+) -> HwptNested:
+    """What both ways to a nested HWPT share: the object, with the domain that `alloc` makes."""
+    hwpt = HwptNested(ctx, parent, viommu, flags)
+    try:
+        hwpt.domain = alloc(flags & ~IOMMU_HWPT_FAULT_ID_VALID)
+    except KernelError:
+        ctx.objects.abort(hwpt)
+        raise
+    if hwpt.domain.type != core.IOMMU_DOMAIN_NESTED:
+        raise KernelBug("the driver's nested domain is none")
     return hwpt

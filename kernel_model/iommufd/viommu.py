@@ -13,7 +13,9 @@ from kernel_model.interval import U64_MAX
 from kernel_model.ioctl import UserCommand
 from kernel_model.iommufd.ctx import Context, table
 from kernel_model.iommufd.device import IommufdDevice
+from kernel_model.iommufd.hwpt import HwptNested
 from kernel_model.iommufd.object import Object
+from kernel_model.iommufd.user_data import UserData, UserDataArray
 from uapi.iommufd import (
     IOMMU_HW_QUEUE_ALLOC,
     IOMMU_HW_QUEUE_TYPE_DEFAULT,
@@ -35,6 +37,16 @@ class Viommu(Object):
     """`struct iommufd_viommu`. No driver makes one."""
 
     __slots__ = ()
+
+    def cache_invalidate(self, array: UserDataArray) -> None:
+        """The driver's `cache_invalidate`. EOPNOTSUPP: it has none."""
+        array.entry_num = 0
+        raise KernelError(errno.EOPNOTSUPP, "the vIOMMU has no cache that a user invalidates")
+
+
+def viommu_alloc_hwpt_nested(viommu: Viommu, idev: IommufdDevice, flags: int, user_data: UserData) -> HwptNested:
+    """iommufd_viommu_alloc_hwpt_nested(). EOPNOTSUPP: the driver has no nested domains for its vIOMMUs."""
+    raise KernelError(errno.EOPNOTSUPP, "the vIOMMU has no nested domains")
 
 
 @table.handles(IOMMU_VIOMMU_ALLOC)

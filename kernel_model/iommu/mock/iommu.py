@@ -1,6 +1,6 @@
 """The mock IOMMU driver, after drivers/iommu/iommufd/selftest.c at 7.3; its domains and devices are in `domain`.
 
-Left out: nested domains and vIOMMUs, PASID attachment, I/O page faults, sysfs of the groups and of the IOMMU.
+Left out: vIOMMUs, PASID attachment, I/O page faults, sysfs of the groups and of the IOMMU.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from kernel_model.iommu.core import (
     ResvRegion,
 )
 from kernel_model.iommu.mock.domain import MockBlockingDomain, MockDevice, MockPagingDomain
+from kernel_model.iommu.mock.nested import MockNestedDomain
 from uapi.iommufd import (
     IOMMU_HW_INFO_TYPE_DEFAULT,
     IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
@@ -110,6 +111,14 @@ class MockIommu(IommuDriver):
         if kind not in (MOCK_IOMMUPT_DEFAULT, MOCK_IOMMUPT_HUGE):
             raise KernelError(errno.EOPNOTSUPP, f"no page table of type {kind}")
         return MockPagingDomain(self, kind == MOCK_IOMMUPT_HUGE, dirty)
+
+    def domain_alloc_nested(self, device: Device, parent: Domain, flags: int, user_data: UserData) -> Domain:
+        """mock_domain_alloc_nested(). EOPNOTSUPP: flags. Then those of `MockNestedDomain.alloc`."""
+        if flags & ~IOMMU_HWPT_ALLOC_PASID:
+            raise KernelError(errno.EOPNOTSUPP, f"flags {flags:#x}")
+        return MockNestedDomain.alloc(self, user_data)
+
+    has_nested = True
 
     def resv_regions(self, device: Device) -> list[ResvRegion]:
         return []

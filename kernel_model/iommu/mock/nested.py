@@ -1,0 +1,72 @@
+"""Nested domains of the mock driver, after drivers/iommu/iommufd/selftest.c at 7.3.
+
+Such a domain translates nothing: it is a few words that stand for what an IOTLB holds of the guest's own tables. An
+invalidation zeroes them, and MD_CHECK_IOTLB looks at them.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from kernel_model.errors import KernelError
+from kernel_model.iommu.core import IOMMU_DOMAIN_NESTED, IommuDriver
+from kernel_model.iommu.mock.attach import MockDomain
+from uapi.cstruct import offsetofend
+from uapi.iommufd_test import (
+    IOMMU_HWPT_DATA_SELFTEST,
+    IOMMU_HWPT_INVALIDATE_DATA_SELFTEST,
+    IOMMU_TEST_INVALIDATE_FLAG_ALL,
+    MOCK_NESTED_DOMAIN_IOTLB_ID_MAX,
+    MOCK_NESTED_DOMAIN_IOTLB_NUM,
+    iommu_hwpt_invalidate_selftest,
+    iommu_hwpt_selftest,
+)
+
+if TYPE_CHECKING:
+    from kernel_model.iommufd.user_data import UserData, UserDataArray
+
+_DATA_MIN = offsetofend(iommu_hwpt_selftest, "iotlb")
+_ENTRY_MIN = offsetofend(iommu_hwpt_invalidate_selftest, "iotlb_id")
+
+
+class MockNestedDomain(MockDomain):
+    """`struct mock_iommu_domain_nested`."""
+
+    type = IOMMU_DOMAIN_NESTED
+
+    def __init__(self, owner: IommuDriver, iotlb: int) -> None:
+        super().__init__(owner)
+        self.iotlb = [iotlb] * MOCK_NESTED_DOMAIN_IOTLB_NUM
+
+    @classmethod
+    def alloc(cls, owner: IommuDriver, user_data: UserData) -> MockNestedDomain:
+        """__mock_domain_alloc_nested(). EOPNOTSUPP: data of another driver. Then those of `UserData.copy_from`."""
+        if user_data.type != IOMMU_HWPT_DATA_SELFTEST:
+            raise KernelError(errno.EOPNOTSUPP, f"data type {user_data.type:#x}")
+        return cls(owner, user_data.copy_from(iommu_hwpt_selftest, IOMMU_HWPT_DATA_SELFTEST, _DATA_MIN).iotlb)
+
+    def cache_invalidate_user(self, array: UserDataArray) -> None:
+        """mock_domain_cache_invalidate_user(): entry by entry, up to the first that is wrong.
+
+        EINVAL: data of another driver, even without entries. For each entry: EINVAL by its length; EFAULT; EOPNOTSUPP
+        flags; EINVAL no such word, asked even where all of them go.
+        """
+        done = 0
+        try:
+            if array.type != IOMMU_HWPT_INVALIDATE_DATA_SELFTEST:
+                raise KernelError(errno.EINVAL, f"data type {array.type:#x}")
+            entries = array.each(iommu_hwpt_invalidate_selftest, IOMMU_HWPT_INVALIDATE_DATA_SELFTEST, _ENTRY_MIN)
+            for entry in entries:
+                flags, index = entry.flags, entry.iotlb_id
+                if flags & ~IOMMU_TEST_INVALIDATE_FLAG_ALL:
+                    raise KernelError(errno.EOPNOTSUPP, f"flags {flags:#x} of entry {done}")
+                if index > MOCK_NESTED_DOMAIN_IOTLB_ID_MAX:
+                    raise KernelError(errno.EINVAL, f"word {index} of entry {done}")
+                if flags:
+                    self.iotlb = [0] * MOCK_NESTED_DOMAIN_IOTLB_NUM
+                else:
+                    self.iotlb[index] = 0
+                done += 1
+        finally:
+            array.entry_num = done
