@@ -13,6 +13,7 @@ from iommulab.errors import UserError
 COMMANDS = {
     "conformance": "suite",
     "run": "run",
+    "selftest": "kselftest",
     "compare": "compare",
     "kernel": "kernel_build",
     "uapi": "uapi_cli",

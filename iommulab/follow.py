@@ -217,7 +217,7 @@ class Follower:
                 self._finish(Test(test_id, "failed", "not run: the run ended without it"))
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: subprocess.Popen[Any]) -> None:
     """End the process and everything it started (it leads its session)."""
     for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
         try:

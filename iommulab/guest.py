@@ -201,7 +201,8 @@ class Guest:
         finally:
             kill(process)
         if not events.stat().st_size:
-            raise UserError(f"the guest measured nothing: {tail(output, 5)}")
+            told = tail(output, 5) or tail(self._directory / "console.log", 5)
+            raise UserError(f"the guest wrote nothing: {told}")
         return events.read_text(encoding="utf-8")
 
     def _script(self, command: str) -> str:

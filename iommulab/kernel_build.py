@@ -12,9 +12,7 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -22,6 +20,7 @@ from rich.table import Table
 
 from iommulab.errors import UserError
 from iommulab.kernel_images import HOW_TO_GET_ONE, cache, cached_images, read_image
+from iommulab.make import run_make
 from iommulab.terminal import console as make_console
 
 FRAGMENT = Path(__file__).resolve().parent / "data" / "kernel.config"
@@ -47,9 +46,6 @@ NEEDED = (
     "BINFMT_ELF",
     "BINFMT_SCRIPT",
 )
-#: A line of kbuild's own: the step, then the file.
-_STEP = re.compile(r"  ([A-Z][A-Z0-9_.-]+) +(\S+)")
-PLAIN_EVERY = 30.0
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -127,9 +123,9 @@ def build(tree: Path, jobs: int, console: Console) -> Path:
         raise UserError(f"cannot write to {objects}: {(error.strerror or str(error)).lower()}") from error
     make = ["make", "-C", str(tree), f"O={objects}", "ARCH=x86_64"]
     console.print(f"building {tree} in {objects}", markup=False, highlight=False)
-    _run([*make, f"KCONFIG_ALLCONFIG={FRAGMENT}", "allnoconfig"], log, console, "configuring")
+    run_make([*make, f"KCONFIG_ALLCONFIG={FRAGMENT}", "allnoconfig"], log, console, "configuring")
     check_config((objects / ".config").read_text())
-    _run([*make, f"-j{jobs}", "bzImage"], log, console, "building")
+    run_make([*make, f"-j{jobs}", "bzImage"], log, console, "building")
     image = objects / "arch" / "x86" / "boot" / "bzImage"
     release = read_image(image).release or (objects / "include" / "config" / "kernel.release").read_text().strip()
     kept = cache() / release
@@ -146,38 +142,3 @@ def check_config(text: str) -> None:
     missing = [option for option in NEEDED if option not in chosen]
     if missing:
         raise UserError(f"this tree cannot be configured for the suite: it leaves out {', '.join(missing)}")
-
-
-def _run(command: Sequence[str], log: Path, console: Console, what: str) -> None:
-    """Run one make; its steps are counted on the terminal, everything goes to the log."""
-    steps, said, started = 0, time.monotonic(), time.monotonic()
-    # KCONFIG_* and make's own variables of the caller would change the build.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("KCONFIG_", "MAKE"))}
-    with (
-        log.open("a") as file,
-        console.status(what) as status,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=environment,
-        ) as process,
-    ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            if found := _STEP.match(line):
-                steps += 1
-                now = time.monotonic()
-                if console.is_terminal:
-                    status.update(f"{what}: {steps} steps, {now - started:.0f} s, {found.group(2)}")
-                elif now - said > PLAIN_EVERY:
-                    said = now
-                    console.print(f"{what}: {steps} steps, {now - started:.0f} s", highlight=False)
-    if process.returncode != 0:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if "error" in line.lower() or "***" in line] or lines[-1:]
-        raise UserError(f"{what} failed: {errors[0] if errors else 'no output'} (the whole of it is in {log})")
