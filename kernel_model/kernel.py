@@ -18,7 +18,7 @@ import socket
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from os import fstat
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from fakedev.machine import machine as build_machine
 from kernel_model.client_memory import ClientBuffer, ClientMemory, MmBacking
 from kernel_model.door import Descriptor, ModelClient, ModelFile, ModelMapping
 from kernel_model.errors import KernelBug, KernelError
+from kernel_model.fault_injection import MEMORY, FaultInjection, Injection
 from kernel_model.file import FileDescription, SystemCall
 from kernel_model.irq import Interrupts
 from kernel_model.page_alloc import PageAllocator
@@ -66,17 +67,26 @@ class Kernel:
     """A kernel of release `version` on `machine` (a name of `fakedev.machine`, or a `Machine`).
 
     `credentials` "root" makes this process root with every capability in the model's eyes; "host" takes what the host's
-    kernel says, so that an unprivileged process pays for its pins. Raises ValueError for an unknown machine or release.
+    kernel says, so that an unprivileged process pays for its pins. `dmabuf_get` "0" has the mock driver's DMABUF_GET
+    return 0 as 7.3 was released, not the descriptor. Raises ValueError for an unknown machine, release or choice.
     Close it, or use it as a context manager: descriptors that are still open then belong to no kernel any more.
     """
 
     name = "model"
 
     def __init__(
-        self, machine: str | Machine = "q35-vtd-legacy", version: str = "7.3", *, credentials: str = "root"
+        self,
+        machine: str | Machine = "q35-vtd-legacy",
+        version: str = "7.3",
+        *,
+        credentials: str = "root",
+        dmabuf_get: str = "fd",
     ) -> None:
         if not parse(OLDEST).series <= parse(version).series <= parse(NEWEST).series:
             raise ValueError(f"{version} is no release that the model knows: {OLDEST} to {NEWEST}")
+        if dmabuf_get not in ("fd", "0"):
+            raise ValueError(f"dmabuf_get is 'fd' or '0', not {dmabuf_get!r}")
+        self.dmabuf_get = dmabuf_get
         self.release = version
         #: What that release has: ioctls, constants, structs.
         self.profile = profile(version)
@@ -92,6 +102,9 @@ class Kernel:
         self.mock_iommu: MockIommu
         #: Contexts of /dev/iommu that are alive.
         self.contexts: set[Context] = set()
+        self.faults = FaultInjection(self)
+        #: The same while a failure is awaited, else None: what each call looks at.
+        self.failing: FaultInjection | None = None
         #: Module parameter of iommufd: bind devices whose MSIs are not isolated.
         self.allow_unsafe_interrupts = False
         #: Mappings of device registers: all, and those whose raw stores are looked for.
@@ -179,6 +192,14 @@ class Kernel:
         """Whether calls are served: neither closed, nor a copy in a forked child."""
         return not self._dead
 
+    def fail_nth(self, nth: int, kinds: Collection[str] = MEMORY) -> Injection:
+        """In the block that this opens, the `nth` thing that can fail in calls of this thread does.
+
+        `kinds` are what counts: by default the allocations (`fault_injection.MEMORY`), with `EVERYTHING` also copies
+        from and to the caller's memory. It stands above what the files in debugfs say. ValueError: `nth` less than 1.
+        """
+        return Injection(self, nth, kinds)
+
     def failure_notes(self) -> list[str]:
         """What the hardware has to say for a failing test's report: refused DMAs, then how the last others went."""
         return [*self.machine.last_faults, *self.machine.explain_transfers()]
@@ -197,13 +218,15 @@ class Kernel:
         self._depth += 1
         if self._depth == 1:
             events = self._poll(0)
-            if events or self.watched_mappings or self.queue:
+            if events or self.watched_mappings or self.queue or self.failing is not None:
                 try:
                     self.notice(events)
                 except BaseException:
                     self._depth = 0
                     self._lock.release()
                     raise
+                if self.failing is not None:
+                    self.failing.begin()
 
     def enter_by(self, fd: int) -> FileDescription:
         """`enter()` and `description(fd)` in one, for the path that every ioctl of this process takes."""
@@ -217,7 +240,9 @@ class Kernel:
     def leave(self) -> None:
         """The end of `entered()`."""
         try:
-            if self.queue and self._depth == 1:
+            if (self.queue or self.failing is not None) and self._depth == 1:
+                if self.failing is not None:
+                    self.failing.end()
                 self.drain()
         finally:
             self._depth -= 1
@@ -315,6 +340,10 @@ class Kernel:
         self._processes[pid] = process
         self.memory.add_window(mm.window, TASK_SIZE, MmBacking(mm))
         return process
+
+    def has_process(self, pid: int) -> bool:
+        """Whether a client has this number."""
+        return pid in self._processes
 
     def process_exited(self, process: Process) -> None:
         """A client is gone: its descriptors have closed, its memory no longer answers."""

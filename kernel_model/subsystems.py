@@ -1,4 +1,4 @@
-"""What a booting kernel starts, in order: IOMMU drivers, then the character devices."""
+"""What a booting kernel starts, in order: IOMMU drivers, then the character devices, then fault injection."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kernel_model.kernel import Kernel
 
+from kernel_model.fault_injection_files import register as register_fault_injection
 from kernel_model.iommu.registry import attach_drivers
 from kernel_model.iommufd.main import register as register_iommufd
 from kernel_model.vfio.main import register as register_vfio
@@ -18,3 +19,4 @@ def boot(kernel: Kernel) -> None:
         kernel.devices[device.name] = device
     register_iommufd(kernel)
     register_vfio(kernel)
+    register_fault_injection(kernel)

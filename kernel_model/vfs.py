@@ -92,9 +92,12 @@ class FileSystem:
         path: str,
         show: Callable[[], bytes] | None,
         store: Callable[[SystemCall, bytes], None] | None = None,
+        *,
+        mode: int | None = None,
     ) -> None:
-        """A sysfs attribute."""
-        mode = (0o444 if show is not None else 0) | (0o200 if store is not None else 0)
+        """A sysfs attribute; `mode` where it is not what `show` and `store` say."""
+        if mode is None:
+            mode = (0o444 if show is not None else 0) | (0o200 if store is not None else 0)
 
         def open_attribute(call: SystemCall, flags: int) -> FileDescription:
             """kernfs_fop_open(): EACCES, root or not, for an access that the attribute does not have."""
