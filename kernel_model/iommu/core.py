@@ -47,6 +47,8 @@ IOMMU_RESV_DIRECT, IOMMU_RESV_DIRECT_RELAXABLE, IOMMU_RESV_RESERVED, IOMMU_RESV_
 RESV_TYPE_NAMES = ("direct", "direct-relaxable", "reserved", "msi", "msi")
 
 IOMMU_NO_PASID = 0
+#: Flag of `Domain.read_and_clear_dirty`.
+IOMMU_DIRTY_NO_CLEAR = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,10 @@ class AttachHandle:
     """What an attacher leaves in the group to be found again from a fault; subclass it."""
 
     domain: Domain | None = None
+
+    def prepare_msi(self, domain: Domain, address: int) -> int:
+        """Where a device of the group writes to reach the doorbell at `address` through `domain`."""
+        return address
 
 
 class Domain(ABC):
@@ -138,6 +144,17 @@ class Domain(ABC):
         entries handled, also on an error. EOPNOTSUPP: the driver has no such thing."""
         array.entry_num = 0
         raise KernelError(errno.EOPNOTSUPP, f"{type(self).__name__} has no cache that a user invalidates")
+
+    def set_dirty_tracking(self, enable: bool) -> None:
+        """Have the hardware note in the table what devices write to, or no longer; only with `dirty_ops`."""
+        raise KernelBug(f"{type(self).__name__} has no dirty tracking")
+
+    def read_and_clear_dirty(self, iova: int, length: int, flags: int, bitmap: IovaBitmap | None) -> None:
+        """Report each dirty leaf that meets the range to `bitmap`, whole, and make it clean; only with `dirty_ops`.
+
+        `flags`: IOMMU_DIRTY_NO_CLEAR leaves it dirty. Without a bitmap the leaves are made clean only.
+        """
+        raise KernelBug(f"{type(self).__name__} has no dirty tracking")
 
     def enforce_cache_coherency(self) -> bool:
         """Make every later mapping ignore a device's no-snoop attribute; False where the hardware cannot."""
@@ -456,6 +473,20 @@ def attach_handle_get(group: Group, pasid: int = IOMMU_NO_PASID, domain_type: in
     if domain_type and (handle.domain is None or handle.domain.type != domain_type):
         raise KernelError(errno.EBUSY, "the attached domain is of another type")
     return handle
+
+
+def dma_prepare_msi(device: Device, address: int) -> int:
+    """iommu_dma_prepare_msi(): where `device` writes to ring the doorbell at physical `address` through its domain.
+
+    EOPNOTSUPP: it is in a domain that maps no doorbells, such as the blocking one. Then the attacher's errnos.
+    """
+    group = device.group
+    if group is None or group.domain is None or group.domain.type == IOMMU_DOMAIN_IDENTITY:
+        return address
+    if group.domain.iommufd_hwpt is None:
+        raise KernelError(errno.EOPNOTSUPP, f"the domain of {device.name} maps no doorbells")
+    handle = group.pasid_array.get(IOMMU_NO_PASID)
+    return address if handle is None else handle.prepare_msi(group.domain, address)
 
 
 # -- ownership -------------------------------------------------------------------------------------------------------

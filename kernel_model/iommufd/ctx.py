@@ -18,6 +18,7 @@ from uapi.iommufd import IOMMUFD_CMD_BASE
 
 if TYPE_CHECKING:
     from kernel_model.iommufd.ioas import Ioas
+    from kernel_model.iommufd.sw_msi import SwMsiMap
     from kernel_model.kernel import Kernel
 
 #: Who pays for pinned pages (IOMMU_OPTION_RLIMIT_MODE): nobody, the user, or the address space.
@@ -43,6 +44,8 @@ class Context(FileDescription):
         self.vfio_ioas: Ioas | None = None
         #: Groups with a bound device of this context, by group.
         self.groups: dict[Any, Any] = {}
+        #: Doorbell pages of MSIs, by id.
+        self.sw_msi: list[SwMsiMap] = []
         self._entries = entries
         self._last = max(entries)
         self._holders = 1

@@ -11,6 +11,7 @@ import errno
 from kernel_model.errors import KernelError
 from kernel_model.file import POLLOUT, POLLWRNORM, FileDescription, SystemCall
 from kernel_model.ioctl import UserCommand
+from kernel_model.iommu.core import AttachHandle
 from kernel_model.iommufd.ctx import Context, table
 from kernel_model.iommufd.object import Object
 from uapi.iommufd import IOMMU_FAULT_QUEUE_ALLOC, iommu_fault_alloc
@@ -22,6 +23,9 @@ class Fault(Object):
     """`struct iommufd_fault`."""
 
     __slots__ = ()
+
+    def auto_response(self, handle: AttachHandle) -> None:
+        """iommufd_auto_response_faults(): what came through `handle` is answered INVALID and gone."""
 
 
 class FaultFile(FileDescription):

@@ -64,7 +64,7 @@ class Hwpt(Object):
 class HwptPaging(Hwpt):
     """`struct iommufd_hwpt_paging`."""
 
-    __slots__ = ("auto_domain", "enforces_cache_coherency", "ioas", "nest_parent")
+    __slots__ = ("auto_domain", "enforces_cache_coherency", "ioas", "nest_parent", "present_sw_msi")
 
     def __init__(self, ctx: Context, ioas: Ioas, flags: int) -> None:
         super().__init__(ctx, flags)
@@ -72,6 +72,8 @@ class HwptPaging(Hwpt):
         self.auto_domain = False
         self.enforces_cache_coherency = False
         self.nest_parent = bool(flags & IOMMU_HWPT_ALLOC_NEST_PARENT)
+        #: Ids of the MSI doorbell pages that are mapped in it.
+        self.present_sw_msi: set[int] = set()
         ioas.users += 1
 
     @property
@@ -151,6 +153,7 @@ def paging_alloc(
     attached = False
     try:
         hwpt.domain = driver.domain_alloc_paging_flags(dev, flags & ~IOMMU_HWPT_FAULT_ID_VALID, user_data)
+        hwpt.domain.iommufd_hwpt = hwpt
         hwpt.enforces_cache_coherency = enforce_cache_coherency and hwpt.domain.enforce_cache_coherency()
         if enforce_cache_coherency and not hwpt.enforces_cache_coherency:
             raise KernelError(errno.EINVAL, "the domain cannot enforce cache coherency")
@@ -189,6 +192,7 @@ def nested_hwpt(
     hwpt = HwptNested(ctx, parent, viommu, flags)
     try:
         hwpt.domain = alloc(flags & ~IOMMU_HWPT_FAULT_ID_VALID)
+        hwpt.domain.iommufd_hwpt = hwpt
     except KernelError:
         ctx.objects.abort(hwpt)
         raise

@@ -16,15 +16,9 @@ from typing import TYPE_CHECKING
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.file import MappedRegion, SystemCall
 from kernel_model.iommu.core import IOMMU_NO_PASID, Device
+from kernel_model.iommufd.attach import device_attach, device_detach, device_replace
 from kernel_model.iommufd.ctx import Context
-from kernel_model.iommufd.device import (
-    IommufdDevice,
-    device_attach,
-    device_bind,
-    device_detach,
-    device_replace,
-    device_unbind,
-)
+from kernel_model.iommufd.device import IommufdDevice, device_bind, device_unbind
 
 if TYPE_CHECKING:
     from kernel_model.kernel import Kernel

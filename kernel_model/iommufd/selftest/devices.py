@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from kernel_model.errors import KernelError
-from kernel_model.iommu.mock.domain import MockDevice
+from kernel_model.iommu.mock.attach import MockDevice
+from kernel_model.iommufd.attach import NO_PASID, device_attach, device_detach, device_replace
 from kernel_model.iommufd.ctx import Context
-from kernel_model.iommufd.device import (
-    NO_PASID,
-    IommufdDevice,
-    device_attach,
-    device_bind,
-    device_detach,
-    device_replace,
-    device_unbind,
-)
+from kernel_model.iommufd.device import IommufdDevice, device_bind, device_unbind
 from kernel_model.iommufd.object import Object
 from kernel_model.iommufd.selftest.operations import TestCommand, operation
 from uapi import iommufd_test as abi
