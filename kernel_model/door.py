@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelError
-from kernel_model.file import FileDescription, MappedRegion, SystemCall
+from kernel_model.file import MAX_RW_COUNT, FileDescription, MappedRegion, SystemCall, check_range
 from kernel_model.process import PAGE_SIZE, TASK_SIZE, HostCredentials, Process
 from uapi.backend import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, Argument, File, Readable
 from uapi.client import ClientBase
@@ -188,6 +188,24 @@ class ModelFile:
                 raise KernelError(errno.EBADF, "the file is not open for writing")
             return description.write(SystemCall(kernel, kernel.process), data, offset)
 
+    def read_to(self, address: int, count: int) -> int:
+        kernel = self._kernel
+        with kernel.entered():
+            description = kernel.description(self._fd)
+            if description.access == os.O_WRONLY:
+                raise KernelError(errno.EBADF, "the file is not open for reading")
+            check_range(address, count)
+            return description.read_to(SystemCall(kernel, kernel.process), address, min(count, MAX_RW_COUNT), None)
+
+    def write_from(self, address: int, count: int) -> int:
+        kernel = self._kernel
+        with kernel.entered():
+            description = kernel.description(self._fd)
+            if description.access == os.O_RDONLY:
+                raise KernelError(errno.EBADF, "the file is not open for writing")
+            check_range(address, count)
+            return description.write_from(SystemCall(kernel, kernel.process), address, min(count, MAX_RW_COUNT), None)
+
     def mmap(
         self, length: int, offset: int = 0, prot: int = PROT_READ | PROT_WRITE, flags: int = MAP_SHARED
     ) -> ModelMapping:
@@ -275,6 +293,8 @@ class ModelRemoteFile:
         kernel = self._kernel
         with kernel.entered():
             description = kernel.description(self._fd, self._process)
+            if kernel.failing is not None:
+                kernel.failing.begin(self._process.pid)
             call = SystemCall(kernel, self._process)
             base = address_of(arg)
             if not isinstance(arg, int):
@@ -314,6 +334,8 @@ class ModelClient(ClientBase):
     def open(self, path: str, flags: int = os.O_RDWR | os.O_CLOEXEC) -> ModelRemoteFile:
         kernel = self._kernel
         with kernel.entered():
+            if kernel.failing is not None:
+                kernel.failing.begin(self._process.pid)
             call = SystemCall(kernel, self._process)
             fd = kernel.install(kernel.files.open(call, path, flags), path)
         return self._file(self._give(fd), path)

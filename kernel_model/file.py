@@ -17,6 +17,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Protocol
 
 from kernel_model.errors import KernelError
+from kernel_model.process import TASK_SIZE
 
 if TYPE_CHECKING:
     from kernel_model.kernel import Kernel
@@ -25,7 +26,15 @@ if TYPE_CHECKING:
 _u32 = Struct("<I").unpack_from
 _NO_BLOCK = memoryview(b"")
 _ZEROES = bytes(1 << 20)
+#: The most that a read or a write asks a file for; and what is copied at once, a short count beyond it.
+MAX_RW_COUNT, COPY_MAX = 0x7FFFF000, 1 << 24
 POLLIN, POLLOUT, POLLERR, POLLHUP, POLLRDNORM, POLLWRNORM = 0x1, 0x4, 0x8, 0x10, 0x40, 0x100
+
+
+def check_range(address: int, count: int) -> None:
+    """What vfs_read() and vfs_write() ask of the caller's range, both unsigned. EFAULT: it is no user memory."""
+    if address + count > TASK_SIZE:
+        raise KernelError(errno.EFAULT, f"{count} bytes at {address:#x} are no user memory")
 
 
 class SystemCall:
@@ -128,6 +137,16 @@ class FileDescription:
 
     def write(self, call: SystemCall, data: bytes | bytearray | memoryview, offset: int | None) -> int:
         raise KernelError(errno.EINVAL, f"{self.path} cannot be written")
+
+    def read_to(self, call: SystemCall, address: int, count: int, offset: int | None) -> int:
+        """read(2) as a program makes it; a file whose data is gone once it is read stores piece by piece instead."""
+        data = self.read(call, min(count, COPY_MAX), offset)
+        call.copy_to_user(address, data)
+        return len(data)
+
+    def write_from(self, call: SystemCall, address: int, count: int, offset: int | None) -> int:
+        """write(2) as a program makes it."""
+        return self.write(call, call.copy_from_user(address, min(count, COPY_MAX)), offset)
 
     def mmap(self, call: SystemCall, length: int, offset: int, prot: int, flags: int) -> MappedRegion:
         raise KernelError(errno.ENODEV, f"{self.path} cannot be mapped")

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from struct import Struct
 
 from kernel_model.errors import KernelError
-from kernel_model.file import FileDescription, SystemCall
+from kernel_model.file import MAX_RW_COUNT, FileDescription, SystemCall, check_range
 from kernel_model.kernel import Kernel
 from kernel_model.process import PAGE_SIZE, Process
 from kernel_model.vfs import SysfsFile
@@ -36,8 +36,6 @@ _MAP_ANONYMOUS = 0x20
 _F_DUPFD, _F_DUPFD_CLOEXEC = 0, 1030
 _PATH_MAX = 4096
 _IOV_MAX = 1024
-#: The longest read or write that is copied at once; the program sees a short count beyond it.
-_COPY_MAX = 1 << 24
 _STATUS = re.compile(r"/proc/(?:self|thread-self|(\d+))/status")
 _IOVEC = Struct("<QQ")
 #: What the program's exception reports end at, so that a loop in it does not fill the terminal.
@@ -281,9 +279,8 @@ class Supervisor:
     ) -> int:
         if description.access == os.O_WRONLY:
             raise KernelError(errno.EBADF, "the file is not open for reading")
-        data = description.read(call, min(_count(count), _COPY_MAX), offset)
-        call.copy_to_user(address, data)
-        return len(data)
+        check_range(address, count)
+        return description.read_to(call, address, min(count, MAX_RW_COUNT), offset)
 
     def _write(self, call: Notification, offset: int | None) -> int:
         with self.kernel.entered():
@@ -295,7 +292,8 @@ class Supervisor:
     ) -> int:
         if description.access == os.O_RDONLY:
             raise KernelError(errno.EBADF, "the file is not open for writing")
-        return description.write(call, call.copy_from_user(address, min(_count(count), _COPY_MAX)), offset)
+        check_range(address, count)
+        return description.write_from(call, address, min(count, MAX_RW_COUNT), offset)
 
     def _vectored(
         self, call: Notification, one: Callable[[FileDescription, SystemCall, int, int, int | None], int]
@@ -369,10 +367,4 @@ def _signed(value: int) -> int:
 def _offset(value: int) -> int:
     if value >> 63:
         raise KernelError(errno.EINVAL, "a negative file offset")
-    return value
-
-
-def _count(value: int) -> int:
-    if value >> 63:
-        raise KernelError(errno.EINVAL, "a negative count")
     return value

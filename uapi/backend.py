@@ -72,6 +72,12 @@ class File(Protocol):
 
     def pwrite(self, data: Readable, offset: int) -> int: ...
 
+    def read_to(self, address: int, count: int) -> int:
+        """read(2) into the caller's memory at an address, which may be a bad one; the bytes read."""
+
+    def write_from(self, address: int, count: int) -> int:
+        """write(2) from an address, which may be a bad one; the bytes written."""
+
     def mmap(
         self, length: int, offset: int = 0, prot: int = PROT_READ | PROT_WRITE, flags: int = MAP_SHARED
     ) -> Mapping: ...

@@ -28,6 +28,10 @@ _mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, 
 _munmap = _libc.munmap
 _munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _MAP_FAILED = ctypes.c_void_p(-1).value
+_read, _write = _libc.read, _libc.write
+for _call in (_read, _write):
+    _call.restype = ctypes.c_ssize_t
+    _call.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 _WIDTHS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 
 
@@ -113,6 +117,17 @@ class LinuxFile:
 
     def pwrite(self, data: Readable, offset: int) -> int:
         return os.pwrite(self._fd, data, offset)
+
+    def read_to(self, address: int, count: int) -> int:
+        return self._moved(_read(self._fd, address, count))
+
+    def write_from(self, address: int, count: int) -> int:
+        return self._moved(_write(self._fd, address, count))
+
+    def _moved(self, count: int) -> int:
+        if count < 0:
+            raise _fail(self.path)
+        return int(count)
 
     def mmap(
         self, length: int, offset: int = 0, prot: int = PROT_READ | PROT_WRITE, flags: int = MAP_SHARED

@@ -145,6 +145,12 @@ class RecordedFile(RecordedRemoteFile):
         inputs = {"data": bytes(data[:KEEP]), "offset": offset}
         return int(self._call("pwrite", inputs, self.inner.pwrite, data, offset))
 
+    def read_to(self, address: int, count: int) -> int:
+        return int(self._call("read_to", {"count": count}, self.inner.read_to, address, count))
+
+    def write_from(self, address: int, count: int) -> int:
+        return int(self._call("write_from", {"count": count}, self.inner.write_from, address, count))
+
     def mmap(
         self, length: int, offset: int = 0, prot: int = PROT_READ | PROT_WRITE, flags: int = MAP_SHARED
     ) -> RecordedMapping:
