@@ -21,6 +21,7 @@ from kernel_model.errors import KernelBug, KernelError
 
 if TYPE_CHECKING:
     from fakedev.pci import PciFunction
+    from kernel_model.iommufd.iova_bitmap import IovaBitmap
     from kernel_model.iommufd.user_data import UserData, UserDataArray
 
 #: `prot` of a mapping.

@@ -1,7 +1,6 @@
 """Dirty tracking, after hw_pagetable.c and io_pagetable.c of drivers/iommu/iommufd.
 
-No IOMMU of the model's machines tracks dirty pages, so every HWPT answers EOPNOTSUPP after the checks of the arguments.
-Left out: the mock driver's tracking. A mock HWPT can be allocated with dirty tracking, and then answers the same.
+What a domain has in its table is the driver's (`core.Domain.read_and_clear_dirty`).
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ import errno
 from kernel_model.errors import KernelError
 from kernel_model.interval import U64_MAX
 from kernel_model.ioctl import UserCommand
+from kernel_model.iommu.core import Domain
 from kernel_model.iommufd.ctx import Context, table
 from kernel_model.iommufd.hwpt import HwptPaging
+from kernel_model.iommufd.iova_bitmap import IovaBitmap
 from uapi.iommufd import (
     IOMMU_HWPT_DIRTY_TRACKING_ENABLE,
     IOMMU_HWPT_GET_DIRTY_BITMAP,
@@ -23,32 +24,61 @@ from uapi.iommufd import (
 )
 
 
+def _tracked(hwpt: HwptPaging) -> Domain:
+    """EOPNOTSUPP: the HWPT was allocated without dirty tracking."""
+    assert hwpt.domain is not None
+    if not hwpt.domain.dirty_ops:
+        raise KernelError(errno.EOPNOTSUPP, "the HWPT was allocated without dirty tracking")
+    return hwpt.domain
+
+
 @table.handles(IOMMU_HWPT_SET_DIRTY_TRACKING)
 def set_dirty_tracking(ucmd: UserCommand[Context, iommu_hwpt_set_dirty_tracking]) -> None:
-    """EOPNOTSUPP: unknown flags. ENOENT: no such paging HWPT. EOPNOTSUPP: it was not allocated with dirty tracking."""
+    """Switching on, even again, makes everything clean; switching off leaves what is dirty.
+
+    EOPNOTSUPP: unknown flags. ENOENT: no such paging HWPT. EOPNOTSUPP: it was not allocated with dirty tracking.
+    """
     cmd = ucmd.cmd
     if cmd.flags & ~IOMMU_HWPT_DIRTY_TRACKING_ENABLE:
         raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x}")
-    ucmd.ctx.objects.get(cmd.hwpt_id, HwptPaging)
-    raise KernelError(errno.EOPNOTSUPP, "the HWPT was allocated without dirty tracking")
+    hwpt = ucmd.ctx.objects.get(cmd.hwpt_id, HwptPaging)
+    domain = _tracked(hwpt)
+    enable = bool(cmd.flags & IOMMU_HWPT_DIRTY_TRACKING_ENABLE)
+    if enable:
+        for area in hwpt.ioas.iopt.areas.values():
+            domain.read_and_clear_dirty(area.iova, area.length, 0, None)
+    domain.set_dirty_tracking(enable)
 
 
 @table.handles(IOMMU_HWPT_GET_DIRTY_BITMAP)
 def get_dirty_bitmap(ucmd: UserCommand[Context, iommu_hwpt_get_dirty_bitmap]) -> None:
-    """EOPNOTSUPP: unknown flags or reserved bits. ENOENT. EINVAL: length 0. EOVERFLOW: the range wraps. EINVAL: the
-    range is not aligned to the IOAS or to the page size, or that is 0. EOPNOTSUPP: no dirty tracking."""
+    """Set the bits of what is dirty, up to the first IOVA that is not mapped. Tracking need not be on.
+
+    Nothing after the checks is an error, neither a hole nor a bitmap that cannot be written: dirty leaves that find no
+    bit are made clean all the same. EOPNOTSUPP: unknown flags or reserved bits. ENOENT. EINVAL: length 0. EOVERFLOW:
+    the range wraps. EINVAL: the range is not aligned to the IOAS or to the page size, or that is 0. EOPNOTSUPP: no
+    dirty tracking.
+    """
     cmd = ucmd.cmd
     if cmd.flags & ~IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR or cmd.__reserved:
         raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x} or __reserved")
     hwpt = ucmd.ctx.objects.get(cmd.hwpt_id, HwptPaging)
-    if not cmd.length:
+    iova, length, page_size = cmd.iova, cmd.length, cmd.page_size
+    if not length:
         raise KernelError(errno.EINVAL, "length is zero")
-    end = cmd.iova + cmd.length
+    end = iova + length
     if end - 1 > U64_MAX:
-        raise KernelError(errno.EOVERFLOW, f"{cmd.iova:#x} + {cmd.length:#x} wraps")
+        raise KernelError(errno.EOVERFLOW, f"{iova:#x} + {length:#x} wraps")
     mask = hwpt.ioas.iopt.iova_alignment - 1
-    if (cmd.iova | end) & mask:
+    if (iova | end) & mask:
         raise KernelError(errno.EINVAL, f"the range is not aligned to {mask + 1:#x}")
-    if not cmd.page_size or (cmd.iova | end) & (cmd.page_size - 1):
-        raise KernelError(errno.EINVAL, f"page size {cmd.page_size:#x}")
-    raise KernelError(errno.EOPNOTSUPP, "the HWPT was allocated without dirty tracking")
+    if not page_size or (iova | end) & (page_size - 1):
+        raise KernelError(errno.EINVAL, f"page size {page_size:#x}")
+    domain = _tracked(hwpt)
+    bitmap = IovaBitmap(ucmd.call, iova, length, page_size, cmd.data)
+    try:
+        for _, first, last in hwpt.ioas.iopt.contiguous(iova, end - 1):
+            domain.read_and_clear_dirty(first, last - first + 1, cmd.flags, bitmap)
+    except KernelError as error:
+        if error.errno != errno.ENOENT:
+            raise
