@@ -63,6 +63,7 @@ with CONSTANTS.enum(since="6.2"):
 
 with CONSTANTS.enum(since="6.7"):
     MOCK_FLAGS_DEVICE_NO_DIRTY = 1 << 0
+    MOCK_FLAGS_DEVICE_HUGE_IOVA = const(1 << 1, since="6.8", until="6.19")
     MOCK_FLAGS_DEVICE_PASID = const(1 << 2, since="6.15")
 
 with CONSTANTS.enum(since="6.8"):

@@ -26,6 +26,8 @@ from kernel_model.iommu.intel.dmar import IntelUnit
 from kernel_model.iommu.intel.iommu import IntelIommu
 from kernel_model.iommu.mock.iommu import MockIommu
 from kernel_model.iommu.sysfs import publish
+from uapi.behaviours import has
+from uapi.version import includes
 
 if TYPE_CHECKING:
     from kernel_model.kernel import Kernel
@@ -41,7 +43,7 @@ def _probe_intel(kernel: Kernel) -> dict[int, IommuDriver]:
     for number, (base, rids) in enumerate(kernel.machine.vtd_units):
         unit = IntelUnit(kernel.machine, kernel.pages, base)
         unit.start(kernel.interrupts, _FIRST_FAULT_VECTOR + number)
-        driver = IntelIommu(unit, number)
+        driver = IntelIommu(unit, number, write_only=has(kernel.release, "vtd-write-only"))
         found.update(dict.fromkeys(rids, driver))
     return found
 
@@ -75,7 +77,9 @@ def attach_drivers(kernel: Kernel) -> list[Device]:
         device.require_direct = any(region.type == IOMMU_RESV_DIRECT for region in get_resv_regions(device))
     for group in groups:
         _setup_default_domain(group)
-    kernel.mock_iommu = MockIommu(len(groups))
+    # From 6.8 a driver without firmware behind it was found by asking the first such driver: the real one, where one is.
+    hidden = bool(groups) and includes(kernel.release, "6.8") and not has(kernel.release, "mock-beside-a-real-iommu")
+    kernel.mock_iommu = MockIommu(len(groups), kernel.release, hidden=hidden)
     publish(kernel.files, devices)
     return devices
 

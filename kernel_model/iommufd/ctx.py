@@ -14,6 +14,7 @@ from kernel_model.errors import KernelError
 from kernel_model.file import FileDescription, SystemCall
 from kernel_model.ioctl import IoctlEntry, IoctlTable, dispatch
 from kernel_model.iommufd.object import Object, ObjectTable
+from uapi.behaviours import has
 from uapi.iommufd import IOMMUFD_CMD_BASE
 
 if TYPE_CHECKING:
@@ -63,8 +64,10 @@ class Context(FileDescription):
     def mmap(self, call: SystemCall, length: int, offset: int, prot: int, flags: int) -> Any:
         """Only ranges that a driver published can be mapped, and no driver publishes one yet.
 
-        EINVAL: not MAP_SHARED. EPERM: PROT_EXEC. ENXIO: no such range.
+        ENODEV: before 6.17. EINVAL: not MAP_SHARED. EPERM: PROT_EXEC. ENXIO: no such range.
         """
+        if not has(self.kernel.release, "mmap-of-iommufd"):
+            raise KernelError(errno.ENODEV, "the file cannot be mapped")
         if not flags & 1:
             raise KernelError(errno.EINVAL, "/dev/iommu is mapped MAP_SHARED only")
         if prot & 4:

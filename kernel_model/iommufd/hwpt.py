@@ -17,6 +17,7 @@ from kernel_model.iommufd.eventq import Fault
 from kernel_model.iommufd.ioas import Ioas
 from kernel_model.iommufd.object import Object
 from kernel_model.iommufd.user_data import UserData, UserDataArray
+from uapi.behaviours import has
 from uapi.iommufd import (
     IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
     IOMMU_HWPT_ALLOC_NEST_PARENT,
@@ -143,7 +144,10 @@ def paging_alloc(
     driver = dev.iommu
     if driver is None:
         raise KernelError(errno.ENODEV, "the device has no IOMMU")
-    if flags & ~ctx.kernel.profile.mask(*_FLAGS):
+    known = ctx.kernel.profile.mask(*_FLAGS)
+    if not has(ctx.kernel.release, "fault-queue-on-paging-hwpt"):
+        known &= ~IOMMU_HWPT_FAULT_ID_VALID
+    if flags & ~known:
         raise KernelError(errno.EOPNOTSUPP, f"flags {flags:#x}")
     if flags & IOMMU_HWPT_ALLOC_DIRTY_TRACKING and not driver.capable(dev, core.IOMMU_CAP_DIRTY_TRACKING):
         raise KernelError(errno.EOPNOTSUPP, "the device's IOMMU tracks no dirty pages")

@@ -14,6 +14,7 @@ from kernel_model.iommufd.ioas import Ioas
 from kernel_model.iommufd.object import Object
 from kernel_model.iommufd.user_data import UserData, UserDataArray
 from kernel_model.iommufd.viommu import Viommu, viommu_alloc_hwpt_nested
+from uapi.behaviours import has
 from uapi.iommufd import (
     IOMMU_HWPT_ALLOC,
     IOMMU_HWPT_DATA_NONE,
@@ -81,7 +82,8 @@ def hwpt_invalidate(ucmd: UserCommand[Context, iommu_hwpt_invalidate]) -> None:
             raise KernelError(errno.EINVAL, f"{cmd.entry_num} entries of {cmd.entry_len} bytes")
         target = ucmd.ctx.objects.get(cmd.hwpt_id, Object)
         if not isinstance(target, HwptNested | Viommu):
-            raise KernelError(errno.EINVAL, f"object {cmd.hwpt_id} has no cache of its own")
+            number = errno.EINVAL if has(ucmd.ctx.kernel.release, "invalidate-any-object") else errno.ENOENT
+            raise KernelError(number, f"object {cmd.hwpt_id} has no cache of its own")
         try:
             target.cache_invalidate(array)
         finally:

@@ -22,6 +22,7 @@ from kernel_model.errors import KernelBug, KernelError
 from kernel_model.interval import U64_MAX, complement
 from kernel_model.iommufd.ctx import ACCOUNT_MM, ACCOUNT_NONE, ACCOUNT_USER
 from kernel_model.process import CAP_IPC_LOCK, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, Process, Vma
+from uapi.behaviours import has
 
 if TYPE_CHECKING:
     from kernel_model.kernel import Kernel
@@ -250,7 +251,8 @@ class UserPages(Pages):
     __slots__ = ("uptr",)
 
     def __init__(self, kernel: Kernel, process: Process, address: int, length: int, writable: bool) -> None:
-        if address + length > U64_MAX:
+        length_first = length > U64_MAX - PAGE_SIZE and not has(kernel.release, "wrap-before-length")
+        if address + length > U64_MAX and not length_first:
             raise KernelError(errno.EOVERFLOW, f"{address:#x} + {length:#x} wraps")
         super().__init__(kernel, process, address & PAGE_MASK, length, writable)
         self.uptr = address & ~PAGE_MASK

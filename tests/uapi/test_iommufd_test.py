@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from uapi import iommufd, iommufd_test, registry
-from uapi.layout import layout_at
+from uapi.layout import exists, layout_at
 
 FACTS = Path(__file__).parents[3] / "shared" / "uapi-facts"
 
@@ -25,7 +25,7 @@ def test_mock_driver_abi_equals_the_compilers_facts() -> None:
     expected = facts("iommufd_test-7.3.json")
     structs, constants = registry.structs(registry.TEST_HEADER), registry.constants(registry.TEST_HEADER)
     assert structs.keys() == expected["structs"].keys()
-    assert {name: constant.value for name, constant in constants.items()} == {
+    assert {name: c.value for name, c in constants.items() if exists(c, "7.3")} == {
         name: row["value"] for name, row in expected["constants"].items()
     }
     for name, row in expected["structs"].items():

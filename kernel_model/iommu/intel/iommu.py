@@ -145,6 +145,7 @@ class SecondStageDomain(Domain):
 
     def __init__(self, owner: IntelIommu, unit: IntelUnit, address_bits: int, top_level: int) -> None:
         super().__init__(owner)
+        self._always = owner.always
         caps = unit.caps
         fmt = VtdSecondStage(ADDRESS_BITS, caps.sllps, caps.snoop_control, caps.device_tlb)
         self._pages = owner.pages
@@ -220,7 +221,7 @@ class SecondStageDomain(Domain):
         self._map(iova, pa, length, prot, self.pgsize_bitmap & -self.pgsize_bitmap)
 
     def _map(self, iova: int, pa: int, length: int, prot: int, sizes: int) -> None:
-        freed = self.table.map(iova, pa, length, prot, sizes)
+        freed = self.table.map(iova, pa, length, prot | self._always, sizes)
         if freed:
             self.cache_tags.flush_range(iova, iova + length - 1)
             self._free(freed)
@@ -260,8 +261,10 @@ class IntelIommu(IommuDriver):
     name = "intel-iommu"
     has_nested = True
 
-    def __init__(self, unit: IntelUnit, number: int = 0) -> None:
+    def __init__(self, unit: IntelUnit, number: int = 0, *, write_only: bool = True) -> None:
         self.unit = unit
+        #: Older drivers set bit 0 in every entry: "present" in a first stage, but "may be read" in a second.
+        self.always = 0 if write_only else IOMMU_READ
         self.sysfs_name = f"dmar{number}"
         self.pages = unit.pages
         self.memory = unit.memory

@@ -19,8 +19,10 @@ from kernel_model.iommu.core import (
     IommuDriver,
     ResvRegion,
 )
+from kernel_model.iommu.mock.array import MockArrayDomain
 from kernel_model.iommu.mock.domain import MockBlockingDomain, MockDevice, MockPagingDomain
 from kernel_model.iommu.mock.nested import MockNestedDomain
+from uapi.behaviours import has
 from uapi.iommufd import (
     IOMMU_HW_INFO_TYPE_DEFAULT,
     IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
@@ -32,6 +34,7 @@ from uapi.iommufd_test import (
     IOMMU_HW_INFO_SELFTEST_REGVAL,
     IOMMU_HW_INFO_TYPE_SELFTEST,
     IOMMU_HWPT_DATA_SELFTEST,
+    MOCK_FLAGS_DEVICE_HUGE_IOVA,
     MOCK_FLAGS_DEVICE_PASID,
     MOCK_IOMMUPT_DEFAULT,
     MOCK_IOMMUPT_HUGE,
@@ -51,8 +54,11 @@ class MockIommu(IommuDriver):
 
     name = "iommufd_mock"
 
-    def __init__(self, first_group: int) -> None:
+    def __init__(self, first_group: int, release: str, *, hidden: bool = False) -> None:
         self.blocked_domain = MockBlockingDomain(self)
+        #: Another IOMMU's driver is asked in this one's place, and does not take a mock device.
+        self._hidden = hidden
+        self._generic_pt = has(release, "mock-generic-pt")
         self._first_group = first_group
         self._free: list[int] = []
         self._next = 0
@@ -60,9 +66,11 @@ class MockIommu(IommuDriver):
     # -- mock_dev_create(), mock_dev_destroy() -----------------------------------------------------------------------
 
     def create_device(self, flags: int, known: int) -> MockDevice:
-        """A device in a new group. EINVAL: a flag that is not in `known`."""
+        """A device in a new group. EINVAL: a flag that is not in `known`; a real IOMMU hides this one."""
         if flags & ~known:
             raise KernelError(errno.EINVAL, f"device flags {flags:#x}")
+        if self._hidden:
+            raise KernelError(errno.EINVAL, "a mock device has no IOMMU where the machine has a real one")
         if self._free:
             number = heapq.heappop(self._free)
         else:
@@ -103,6 +111,11 @@ class MockIommu(IommuDriver):
         dirty = bool(flags & IOMMU_HWPT_ALLOC_DIRTY_TRACKING)
         if flags & ~_PAGING_FLAGS or (dirty and not self.capable(device, IOMMU_CAP_DIRTY_TRACKING)):
             raise KernelError(errno.EOPNOTSUPP, f"flags {flags:#x}")
+        if not self._generic_pt:
+            if user_data is not None:
+                raise KernelError(errno.EOPNOTSUPP, "a paging domain takes no data")
+            huge = isinstance(device, MockDevice) and bool(device.flags & MOCK_FLAGS_DEVICE_HUGE_IOVA)
+            return MockArrayDomain(self, huge, dirty)
         kind = MOCK_IOMMUPT_DEFAULT
         if user_data is not None:
             if user_data.type not in (IOMMU_HWPT_DATA_SELFTEST, IOMMU_HWPT_DATA_NONE):

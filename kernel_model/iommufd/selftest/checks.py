@@ -17,7 +17,8 @@ from kernel_model.iommufd.hwpt import HwptPaging
 from kernel_model.iommufd.ioas import Ioas
 from kernel_model.iommufd.selftest.operations import TestCommand, callers_pages, operation
 from kernel_model.process import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
-from uapi.iommufd_test import MOCK_DEV_CACHE_ID_MAX
+from uapi.behaviours import has
+from uapi.iommufd_test import MOCK_DEV_CACHE_ID_MAX, MOCK_PAGE_SIZE
 
 #: The size of one element of a batch of pages; no limit is smaller.
 _BATCH_ELEMENT = 12
@@ -39,6 +40,9 @@ def _add_reserved(ucmd: TestCommand) -> None:
 def _md_check_map(ucmd: TestCommand) -> None:
     """ENOENT: no such HWPT. EINVAL: not a mock domain; off its smallest page; other pages are mapped. EFAULT."""
     ctx, check = ucmd.ctx, ucmd.cmd.check_map
+    off_the_page = (check.iova | check.length | check.uptr) % MOCK_PAGE_SIZE
+    if off_the_page and not has(ctx.kernel.release, "mock-check-map-looks-first"):
+        raise KernelError(errno.EINVAL, "an argument is off the page of every mock domain")
     domain = ctx.objects.get(ucmd.cmd.id, HwptPaging).domain
     if domain is None or domain.type != IOMMU_DOMAIN_UNMANAGED or domain.owner is not ctx.kernel.mock_iommu:
         raise KernelError(errno.EINVAL, f"HWPT {ucmd.cmd.id} is no mock domain")

@@ -11,6 +11,8 @@ from kernel_model.iommufd.object import Object
 from kernel_model.iommufd.selftest.operations import TestCommand, operation
 from uapi import iommufd_test as abi
 
+_DEVICE_FLAGS = ("MOCK_FLAGS_DEVICE_NO_DIRTY", "MOCK_FLAGS_DEVICE_HUGE_IOVA", "MOCK_FLAGS_DEVICE_PASID")
+
 
 class Selftest(Object):
     """`struct selftest_obj`: a mock device and its binding, both of which go with it."""
@@ -40,7 +42,7 @@ def _mock_domain(ucmd: TestCommand) -> None:
     sobj = Selftest(ctx)
     try:
         flags = cmd.mock_domain_flags.dev_flags if cmd.op == abi.IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS else 0
-        known = ctx.kernel.profile.mask("MOCK_FLAGS_DEVICE_NO_DIRTY", "MOCK_FLAGS_DEVICE_PASID")
+        known = ctx.kernel.profile.mask(*_DEVICE_FLAGS)
         sobj.mock = ctx.kernel.mock_iommu.create_device(flags, known)
         sobj.idev = device_bind(ctx, sobj.mock)
         hwpt_id = device_attach(sobj.idev, NO_PASID, cmd.id)

@@ -10,8 +10,21 @@ from kernel_model.interval import U64_MAX
 from kernel_model.iommu.mock.domain import MockPagingDomain
 from kernel_model.iommufd.hwpt import HwptPaging
 from kernel_model.iommufd.selftest.operations import TestCommand, operation
+from uapi.behaviours import has
+from uapi.iommufd_test import MOCK_PAGE_SIZE
 
 _MOST_BITS = 16 << 20 << 3
+
+
+def _mapped(domain: MockPagingDomain, iova: int, bits: int) -> int:
+    """Those of `bits`, one for each 2 KiB from `iova` on, that have a page."""
+    found = bytearray(bits.bit_length() // 8 + 1)
+    for byte, value in enumerate(bits.to_bytes(len(found), "little")):
+        for bit in range(8 if value else 0):
+            address = iova + (8 * byte + bit) * MOCK_PAGE_SIZE
+            if value >> bit & 1 and domain.iova_to_phys(address) is not None:
+                found[byte] |= 1 << bit
+    return int.from_bytes(found, "little")
 
 
 @operation("IOMMU_TEST_OP_DIRTY")
@@ -34,6 +47,10 @@ def _dirty(ucmd: TestCommand) -> None:
     if not domain.tracks_dirty:
         raise KernelError(errno.EINVAL, "dirty tracking is off")
     bits = int.from_bytes(ucmd.call.copy_from_user(address, (count + 7) // 8), "little") & ones(count)
+    if not has(ucmd.ctx.kernel.release, "mock-generic-pt"):
+        # The array of 2 KiB pages was indexed in the caller's page size, and a bit over a hole counted for nothing.
+        iova, page_size = iova // page_size * MOCK_PAGE_SIZE, MOCK_PAGE_SIZE
+        bits &= _mapped(domain, iova, bits)
     below = -(-(U64_MAX + 1 - iova) // page_size)  # the kernel's addresses wrap
     domain.table.set_dirty(iova, page_size, bits & ones(min(below, count)))
     if below < count:
