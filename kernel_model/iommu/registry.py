@@ -78,8 +78,8 @@ def attach_drivers(kernel: Kernel) -> list[Device]:
     for group in groups:
         _setup_default_domain(group)
     # From 6.8 a driver without firmware behind it was found by asking the first such driver: the real one, where one is.
-    hidden = bool(groups) and includes(kernel.release, "6.8") and not has(kernel.release, "mock-beside-a-real-iommu")
-    kernel.mock_iommu = MockIommu(len(groups), kernel.release, hidden=hidden)
+    hidden = includes(kernel.release, "6.8") and not has(kernel.release, "mock-beside-a-real-iommu")
+    kernel.mock_iommu = MockIommu(len(groups), kernel.release, hidden=hidden and bool(groups))
     publish(kernel.files, devices)
     return devices
 

@@ -22,6 +22,7 @@ from kernel_model.iommu.core import (
     IOMMU_CAP_ENFORCE_CACHE_COHERENCY,
     IOMMU_DOMAIN_BLOCKED,
     IOMMU_DOMAIN_IDENTITY,
+    IOMMU_READ,
     IOMMU_RESV_MSI,
     Device,
     Domain,
