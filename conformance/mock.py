@@ -5,6 +5,7 @@ Like `conformance.steps`, nothing is checked here: an errno reaches the test as 
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 from uapi import iommufd_test as abi
@@ -109,3 +110,17 @@ def access_replace(iommu: File, access: int, ioas: int) -> None:
 def memory_limit(iommu: File, limit: int) -> None:
     """SET_TEMP_MEMORY_LIMIT, of the whole kernel."""
     run(iommu, abi.IOMMU_TEST_OP_SET_TEMP_MEMORY_LIMIT, 0, "memory_limit", limit=limit)
+
+
+# -- dma-bufs ---------------------------------------------------------------------------------------------------------
+
+
+def dmabuf_get(iommu: File, length: int, open_flags: int = os.O_RDWR | os.O_CLOEXEC) -> int:
+    """DMABUF_GET; the ioctl's result, which is the descriptor except on a 7.3 as released, where it is 0."""
+    op = abi.IOMMU_TEST_OP_DMABUF_GET
+    return IOMMU_TEST_CMD.raw(iommu, command(op, 0, "dmabuf_get", length=length, open_flags=open_flags))
+
+
+def dmabuf_revoke(iommu: File, fd: int, revoked: int = 1) -> None:
+    """DMABUF_REVOKE: the buffer's memory is taken from (or, for new mappings, given back to) everybody."""
+    run(iommu, abi.IOMMU_TEST_OP_DMABUF_REVOKE, 0, "dmabuf_revoke", dmabuf_fd=fd, revoked=revoked)

@@ -5,6 +5,6 @@ from __future__ import annotations
 from kernel_model.kernel import Kernel
 
 
-def model(machine: str = "q35-vtd-legacy", version: str = "7.3") -> Kernel:
-    """A freshly booted model. ValueError for an unknown machine or release."""
-    return Kernel(machine, version)
+def model(machine: str = "q35-vtd-legacy", version: str = "7.3", dmabuf_get: str = "fd") -> Kernel:
+    """A freshly booted model. ValueError for an unknown machine, release or choice."""
+    return Kernel(machine, version, dmabuf_get=dmabuf_get)

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from conformance.offers import older
+from conformance.offers import KNOWN_FAULTS, older
 from iommulab import differences
 from iommulab.errors import UserError
 from iommulab.results import Results, Test, area_of, load
@@ -87,6 +87,8 @@ def _one_sided(left: Test, right: Test, releases: tuple[str, str]) -> bool:
         if "model_only" in markers or "linux_only" in markers:
             return True
         if any(older(release, since) for since in markers.get("since", [])):
+            return True
+        if any(test.reason == KNOWN_FAULTS.get(need) for need in markers.get("needs", [])):
             return True
     return False
 

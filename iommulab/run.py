@@ -22,6 +22,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="ADDRESS",
         help="give a PCI function (0000:00:10.0) to vfio-pci first; may be repeated",
     )
+    parser.add_argument(
+        "--dmabuf-get",
+        choices=("fd", "0"),
+        default="fd",
+        help="what the mock driver's DMABUF_GET returns; 0 is the fault of 7.3 as released (default: %(default)s)",
+    )
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM ARGS", help="what to run")
     parser.set_defaults(run=run)
 
@@ -32,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if not program:
         raise UserError("name a program: iommulab run -- PROGRAM ARGS")
     try:
-        kernel = Kernel(args.machine, args.version, credentials="host")
+        kernel = Kernel(args.machine, args.version, credentials="host", dmabuf_get=args.dmabuf_get)
     except (ValueError, KeyError) as error:
         raise UserError(str(error.args[0])) from error
     with kernel:

@@ -116,6 +116,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--kernel", metavar="VERSION", help=f"the model's release (default: {DEFAULT_VERSION}), or a cached image's"
     )
     parser.add_argument("--kernel-image", type=Path, metavar="PATH", help="the kernel that --on vm boots")
+    parser.add_argument(
+        "--dmabuf-get",
+        choices=("fd", "0"),
+        default="fd",
+        help="what the model's DMABUF_GET returns; 0 is the fault of 7.3 as released (default: fd)",
+    )
     parser.add_argument("--report", type=Path, default=Path("report"), metavar="DIR", help="default: report")
     parser.add_argument("--record", type=Path, metavar="FILE", help="keep the run's JSON here too (.json or .json.gz)")
     parser.add_argument("-k", dest="expression", metavar="EXPR", help="tests whose names match, as in pytest")
@@ -162,6 +168,8 @@ def run(args: argparse.Namespace) -> int:
         launch: Launch
         if args.on == "model":
             options = {"machine": args.machine, "version": args.kernel or DEFAULT_VERSION}
+            if args.dmabuf_get != "fd":
+                options["dmabuf_get"] = args.dmabuf_get
             check_model(options)
             if args.expression:
                 check_selection(selection)  # xdist's workers would only say that they died
@@ -238,6 +246,8 @@ def rerun_options(args: argparse.Namespace) -> list[str]:
         options += ["--machine", args.machine]
     if args.kernel:
         options += ["--kernel", args.kernel]
+    if args.dmabuf_get != "fd":
+        options += ["--dmabuf-get", args.dmabuf_get]
     if args.kernel_image:
         options += ["--kernel-image", str(args.kernel_image)]
     return options

@@ -42,7 +42,8 @@ class UserCommand(Generic[C, S]):
         self.call.copy_to_user(self.address, memoryview(self.cmd).cast("B")[:length])
 
 
-Handler = Callable[[UserCommand[Any, Any]], None]
+#: Returns the ioctl's result; None is 0, as that of all but one test operation.
+Handler = Callable[[UserCommand[Any, Any]], "int | None"]
 
 
 class IoctlEntry:
@@ -96,7 +97,7 @@ def copy_struct_from_user(call: SystemCall, entry: IoctlEntry, address: int, use
     return cmd
 
 
-def dispatch(table: dict[int, IoctlEntry], call: SystemCall, ctx: Any, request: int, address: int) -> None:
+def dispatch(table: dict[int, IoctlEntry], call: SystemCall, ctx: Any, request: int, address: int) -> int:
     """Serve an ioctl whose number's low byte lies in the table's range, holes included.
 
     EFAULT: the size word cannot be read. ENOTTY: the command differs in any bit, or is a hole. EINVAL: the size is
@@ -109,4 +110,4 @@ def dispatch(table: dict[int, IoctlEntry], call: SystemCall, ctx: Any, request: 
     if user_size < entry.min_size:
         raise KernelError(errno.EINVAL, f"size {user_size} is less than {entry.min_size}")
     cmd = copy_struct_from_user(call, entry, address, user_size)
-    entry.handler(UserCommand(call, ctx, cmd, address, user_size, entry.size))
+    return entry.handler(UserCommand(call, ctx, cmd, address, user_size, entry.size)) or 0

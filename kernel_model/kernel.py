@@ -27,7 +27,7 @@ from fakedev.machine import machine as build_machine
 from kernel_model.client_memory import ClientBuffer, ClientMemory, MmBacking
 from kernel_model.door import Descriptor, ModelClient, ModelFile, ModelMapping
 from kernel_model.errors import KernelBug, KernelError
-from kernel_model.fault_injection import MEMORY, FaultInjection, Injection
+from kernel_model.fault_injection import MEMORY, FaultInjection, Injection, injecting, kmalloc
 from kernel_model.file import FileDescription, SystemCall
 from kernel_model.irq import Interrupts
 from kernel_model.page_alloc import PageAllocator
@@ -277,22 +277,33 @@ class Kernel:
                 self._waking = False
 
     def install(self, description: FileDescription, path: str | None = None) -> int:
-        """A new descriptor in this process for an open file: O_CLOEXEC. EMFILE."""
+        """A new descriptor in this process for an open file: O_CLOEXEC. EMFILE; ENOMEM, injected."""
         if path is not None:
             description.path = path
         try:
+            if injecting:
+                kmalloc("struct file")
             theirs, ours = socket.socketpair()
+        except KernelError:
+            description.release()
+            raise
         except OSError as error:
             description.release()
             raise KernelError(error.errno or errno.EMFILE, "no descriptor is left") from error
         ours.setblocking(False)
         if type(description).poll is FileDescription.poll:
             ours.send(b"\0")  # a file without a poll operation is always ready; select(2) sees this byte
-        descriptor = Descriptor(ours, fstat(theirs.fileno())[1:3], description)
+        descriptor = Descriptor(ours, fstat(theirs.fileno())[1:3], description, theirs.fileno())
         self._descriptors[descriptor.key] = descriptor
         self._by_fd[ours.fileno()] = descriptor
         self._hangups.register(ours.fileno(), select.EPOLLHUP | select.EPOLLRDHUP)
         return theirs.detach()
+
+    def set_readable(self, description: FileDescription, readable: bool) -> None:
+        """What poll(2) of clients' descriptors of the file is to say from now on: there is something to read."""
+        for descriptor in self._descriptors.values():
+            if descriptor.description is description:
+                descriptor.set_readable(readable, list(self._processes.values()))
 
     def install_for(self, process: Process, description: FileDescription) -> int:
         """A new descriptor in `process`, the one that made the call. EMFILE."""

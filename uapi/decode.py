@@ -16,7 +16,7 @@ from uapi import registry
 from uapi.constants import Constant
 from uapi.cstruct import Struct, Union, fields_of
 from uapi.ioctl import Ioctl
-from uapi.iommufd_test import TEST_OP_MEMBERS, iommu_test_cmd
+from uapi.iommufd_test import IOMMU_TEST_OP_DMABUF_GET, TEST_OP_MEMBERS, iommu_test_cmd
 
 #: One decoded call, ready for JSON. Keys: call, file, in, and either ret with out, or errno; and where they apply
 #: client, why (the model's reason), times (identical calls in a row), volatile (outputs that differ from run to run).
@@ -202,7 +202,8 @@ def _decode_ioctl(names: _Names, event: Event) -> Call:
         if outputs:
             call["out"] = outputs
     else:
-        call["ret"] = names.fd(client, result, True) if name in _RETURNS_FD else result
+        returns_fd = name in _RETURNS_FD or (result > 0 and inputs.get("op") == IOMMU_TEST_OP_DMABUF_GET)
+        call["ret"] = names.fd(client, result, True) if returns_fd else result
         call["out"] = outputs
     if client:
         call["client"] = client

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from fakedev.memory import BusAbort
 from kernel_model.errors import KernelBug, KernelError
+from kernel_model.fault_injection import injecting, iommufd_should_fail, kmalloc, usercopy
 from kernel_model.file import SystemCall
 from kernel_model.interval import U64_MAX
 from kernel_model.iommufd.ctx import Context
@@ -95,6 +96,10 @@ class Access(Object):
                 if area.prevent_access or _start_byte(area, first) & PAGE_MASK or (not final and end & PAGE_MASK):
                     raise KernelError(errno.EINVAL, f"the mapping at {area.iova:#x} is going, or is misaligned")
                 _check_prot(area, write)
+                _check_kind(area)
+                if injecting:
+                    kmalloc("struct iopt_pages_access")
+                    iommufd_should_fail(errno.EINVAL, "pages_to_xarray()")
                 runs = area.pages.pin(_start_byte(area, first) >> PAGE_SHIFT, _start_byte(area, last) >> PAGE_SHIFT)
                 area.num_accesses += 1
                 found += [pa + (index << PAGE_SHIFT) for pa, npages in runs for index in range(npages)]
@@ -123,6 +128,7 @@ class Access(Object):
             if area.prevent_access:
                 raise KernelError(errno.EINVAL, f"the mapping at {area.iova:#x} is going")
             _check_prot(area, data is not None)
+            _check_kind(area)
             part = None if data is None else data[first - iova : last + 1 - iova]
             parts.append(_rw(call, area.pages, _start_byte(area, first), last - first + 1, part, slow))
         return b"".join(parts)
@@ -147,6 +153,11 @@ def _check_prot(area: Area, write: bool) -> None:
         raise KernelError(errno.EPERM, f"the mapping at {area.iova:#x} forbids that")
 
 
+def _check_kind(area: Area) -> None:
+    if area.pages.is_dmabuf:
+        raise KernelError(errno.EINVAL, f"the mapping at {area.iova:#x} is of a dma-buf")
+
+
 def _unpin(ioas: Ioas, iova: int, last: int) -> None:
     for area, first, end in ioas.iopt.contiguous(iova, last):
         area.num_accesses -= 1
@@ -157,10 +168,14 @@ def _rw(call: SystemCall, pages: Pages, start: int, length: int, data: bytes | N
     """iopt_pages_rw_access(): a plain copy in the mapping process, else through the pages."""
     if isinstance(pages, UserPages) and not slow and pages.process is call.process:
         address = pages.uptr + start
+        if injecting:
+            usercopy("a copy to or from the mapped memory")
         if data is None:
             return bytes(pages.process.mm.read(address, length))
         pages.process.mm.write(address, data)
         return b""
+    if injecting:
+        _slow_can_fail(pages, start >> PAGE_SHIFT, (start + length - 1) >> PAGE_SHIFT)
     memory = pages.kernel.memory
     parts: list[bytes] = []
     offset, done = start & PAGE_MASK, 0
@@ -177,6 +192,15 @@ def _rw(call: SystemCall, pages: Pages, start: int, length: int, data: bytes | N
         except BusAbort as abort:  # memory that a real pin would have kept
             raise KernelError(errno.EFAULT, "the memory has gone") from abort
     return b"".join(parts)
+
+
+def _slow_can_fail(pages: Pages, first: int, last: int) -> None:
+    """Where iopt_pages_rw_page(), for one page of a process, and iopt_pages_rw_slow() offer to fail."""
+    if first == last and isinstance(pages, UserPages):
+        iommufd_should_fail(errno.EINVAL, "iopt_pages_rw_page()")
+    else:
+        iommufd_should_fail(errno.ENOMEM, "a batch of pages")
+        pages.pin_can_fail(first, last)
 
 
 def access_create(ctx: Context, needs_pin_pages: bool, unmap: Unmap) -> Access:

@@ -58,8 +58,7 @@ class Context(FileDescription):
             if handler is None:
                 raise KernelError(errno.ENOTTY, f"no such ioctl: {request:#x}")
             return handler(self, call, arg)
-        dispatch(self._entries, call, self, request, arg)
-        return 0
+        return dispatch(self._entries, call, self, request, arg)
 
     def mmap(self, call: SystemCall, length: int, offset: int, prot: int, flags: int) -> Any:
         """Only ranges that a driver published can be mapped, and no driver publishes one yet.

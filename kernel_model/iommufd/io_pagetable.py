@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from sortedcontainers import SortedDict
 
 from kernel_model.errors import KernelBug, KernelError
+from kernel_model.fault_injection import injecting, iommufd_should_fail, kmalloc
 from kernel_model.interval import U64_MAX, Holes, complement, merge, place
 from kernel_model.iommufd.pages import Pages, Runs
 from kernel_model.process import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
@@ -179,6 +180,9 @@ class IoPagetable:
         """
         made: list[Area] = []
         try:
+            if injecting:
+                for _ in slices:
+                    kmalloc("struct iopt_area")
             if length & (self.iova_alignment - 1) or not length:
                 raise KernelError(errno.EINVAL, f"length {length:#x} is not aligned to {self.iova_alignment:#x}")
             if iova is None:
@@ -231,6 +235,8 @@ class IoPagetable:
         """iopt_area_fill_domains(): pin the area's pages and map them into every domain, or neither."""
         if not self.domains:
             return
+        if injecting:
+            iommufd_should_fail(errno.ENOMEM, "a batch of pages")
         runs = area.pages.pin(area.first_index, area.last_index)
         area.pinned = True
         done: list[Domain] = []
@@ -240,14 +246,14 @@ class IoPagetable:
                 done.append(domain)
         except KernelError:
             for domain in done:
-                domain.unmap(area.iova, area.length)
+                self._unmap_domain(domain, area)
             self._unpin(area)
             raise
 
     def _unfill_domains(self, area: Area) -> None:
         if area.pinned:
             for domain in self.domains:
-                domain.unmap(area.iova, area.length)
+                self._unmap_domain(domain, area)
             self._unpin(area)
 
     def _unpin(self, area: Area) -> None:
@@ -255,21 +261,29 @@ class IoPagetable:
         area.pages.unpin(area.first_index, area.last_index)
 
     def _map_domain(self, domain: Domain, area: Area, runs: Runs) -> None:
+        if not area.pages.track(domain, area):
+            return
         iova, left, offset = area.iova, area.length, area.page_offset
+        prot = area.pages.protection(area.prot)
         map_run = domain.map_small if self.disable_large_pages else domain.map
         try:
             for address, npages in runs:
                 size = min((npages << PAGE_SHIFT) - offset, left)
-                map_run(iova, address + offset, size, area.prot)
+                map_run(iova, address + offset, size, prot)
                 iova += size
                 left -= size
                 offset = 0
         except KernelError:
+            area.pages.untrack(domain, area)
             if iova > area.iova:
                 domain.unmap(area.iova, iova - area.iova)
             raise
         if left:
             raise KernelBug(f"{left:#x} bytes of an area have no pages")
+
+    def _unmap_domain(self, domain: Domain, area: Area) -> None:
+        if area.pages.untrack(domain, area):
+            domain.unmap(area.iova, area.length)
 
     def unmap_range(self, first: int, last: int) -> int:
         """`unmap_each` for callers who need no more than the bytes removed."""
@@ -312,16 +326,21 @@ class IoPagetable:
     def cut(self, iova: int) -> None:
         """iopt_cut_iova(): make `iova` the last byte of an area, if one covers it. It belongs to VFIO type 1.
 
-        EBUSY: the area is locked away from accesses. EINVAL: the cut is misaligned, the area is accessed, or a domain
-        may hold it in large pages.
+        EOPNOTSUPP: the area is of a dma-buf. EINVAL: the cut is misaligned, the area is accessed, or a domain may hold
+        it in large pages.
         """
         area = self.area_at(iova, iova)
         if area is None or iova in (area.iova, area.last):
             return
+        if area.pages.is_dmabuf:
+            raise KernelError(errno.EOPNOTSUPP, f"the mapping of a dma-buf at {area.iova:#x} cannot be cut")
         start = iova + 1
         start_byte = area.start_byte + start - area.iova
         if (start | start_byte) & (self.iova_alignment - 1):
             raise KernelError(errno.EINVAL, f"a cut before {start:#x} is not aligned to {self.iova_alignment:#x}")
+        if injecting:
+            kmalloc("struct iopt_area on the left")
+            kmalloc("struct iopt_area on the right")
         if area.num_accesses:
             raise KernelError(errno.EINVAL, "a mapping that is being accessed cannot be cut")
         if area.pinned and not self.disable_large_pages:
@@ -343,10 +362,11 @@ class IoPagetable:
         last = iova + length - 1
         if last > U64_MAX:
             raise KernelError(errno.EOVERFLOW, f"{iova:#x} + {length:#x} wraps")
-        found = [
-            (area.pages, area.start_byte + first - area.iova, end - first + 1)
-            for area, first, end in self.contiguous(iova, last)
-        ]
+        found: list[Slice] = []
+        for area, first, end in self.contiguous(iova, last):
+            if injecting:
+                kmalloc("struct iopt_pages_list")
+            found.append((area.pages, area.start_byte + first - area.iova, end - first + 1))
         for pages, _, _ in found:
             pages.get()
         return found
@@ -363,6 +383,8 @@ class IoPagetable:
         """iopt_reserve_iova(): EADDRINUSE where a mapping or an allowed range is."""
         if self.area_at(first, last) is not None or any(a <= last and b >= first for a, b in self.allowed):
             raise KernelError(errno.EADDRINUSE, f"{first:#x}-{last:#x} is mapped or promised")
+        if injecting:
+            kmalloc("struct iopt_reserved")
         self.reserved.append((first, last, owner))
 
     def unreserve(self, owner: object) -> None:
@@ -399,6 +421,8 @@ class IoPagetable:
         first_domain = not self.domains
         try:
             for area in self.areas.values():
+                if injecting:
+                    iommufd_should_fail(errno.ENOMEM, "a batch of pages")
                 runs = area.pages.pin(area.first_index, area.last_index)
                 try:
                     self._map_domain(domain, area, runs)
@@ -411,7 +435,7 @@ class IoPagetable:
                 done.append(area)
         except KernelError:
             for area in done:
-                domain.unmap(area.iova, area.length)
+                self._unmap_domain(domain, area)
                 if first_domain:
                     self._unpin(area)
             raise
@@ -423,7 +447,7 @@ class IoPagetable:
         if index < len(self.domains):
             self.domains[index] = tail
         for area in self.areas.values():
-            domain.unmap(area.iova, area.length)
+            self._unmap_domain(domain, area)
             if not self.domains:
                 self._unpin(area)
         self.unreserve(domain)

@@ -10,13 +10,17 @@ from bisect import bisect_right
 from struct import Struct
 from typing import TYPE_CHECKING
 
+from kernel_model.dma_buf import DmaBuf, host_size
 from kernel_model.errors import KernelError
+from kernel_model.fault_injection import injecting, kmalloc
+from kernel_model.file import SystemCall
 from kernel_model.interval import U64_MAX
 from kernel_model.ioctl import UserCommand
 from kernel_model.iommufd.ctx import ACCOUNT_MM, ACCOUNT_USER, Context, table
 from kernel_model.iommufd.io_pagetable import IOMMU_CACHE, IOMMU_READ, IOMMU_WRITE, IoPagetable
 from kernel_model.iommufd.object import Object
 from kernel_model.iommufd.pages import FilePages, Pages, UserPages
+from kernel_model.iommufd.pages_dmabuf import DmabufPages
 from kernel_model.process import CAP_SYS_RAWIO, PAGE_MASK, PAGE_SHIFT, Process
 from uapi.iommufd import (
     IOMMU_IOAS_ALLOC,
@@ -44,6 +48,7 @@ from uapi.iommufd import (
     iommu_ioas_unmap,
     iommu_option,
 )
+from uapi.version import includes
 
 if TYPE_CHECKING:
     from kernel_model.iommufd.hwpt import HwptPaging
@@ -120,6 +125,8 @@ def ioas_allow_iovas(ucmd: UserCommand[Context, iommu_ioas_allow_iovas]) -> None
         where = bisect_right(firsts, last)
         if where and lasts[where - 1] >= first:
             raise KernelError(errno.EINVAL, f"the range {first:#x}-{last:#x} overlaps an earlier one")
+        if injecting:
+            kmalloc("struct iopt_allowed")
         firsts.insert(where, first)
         lasts.insert(where, last)
     iopt.set_allowed(list(zip(firsts, lasts, strict=True)))
@@ -170,7 +177,7 @@ def ioas_map(ucmd: UserCommand[Context, iommu_ioas_map]) -> None:
 @table.handles(IOMMU_IOAS_MAP_FILE)
 def ioas_map_file(ucmd: UserCommand[Context, iommu_ioas_map_file]) -> None:
     """As MAP, with the file's checks in the place of the address's: EINVAL length 0; EOVERFLOW start + length wraps;
-    EBADF. Whether the file can be pinned shows when a domain needs it."""
+    `DmabufPages`' errnos for a dma-buf; EBADF. Whether a file can be pinned shows when a domain needs it."""
     cmd, ctx = ucmd.cmd, ucmd.ctx
     if cmd.flags & ~_MAP_FLAGS:
         raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x}")
@@ -184,10 +191,21 @@ def ioas_map_file(ucmd: UserCommand[Context, iommu_ioas_map_file]) -> None:
     if cmd.start + cmd.length - 1 > U64_MAX:
         raise KernelError(errno.EOVERFLOW, f"{cmd.start:#x} + {cmd.length:#x} wraps")
     writable = bool(cmd.flags & IOMMU_IOAS_MAP_WRITEABLE)
-    pages = FilePages(ctx.kernel, ucmd.call.process, cmd.fd, cmd.start, cmd.length, writable)
+    pages = _file_pages(ctx, ucmd.call, cmd, writable)
     iova = cmd.iova if cmd.flags & IOMMU_IOAS_MAP_FIXED_IOVA else None
     cmd.iova = _map_common(ctx, ioas, pages, cmd.start & PAGE_MASK, cmd.length, iova, _prot(cmd.flags))
     ucmd.respond()
+
+
+def _file_pages(ctx: Context, call: SystemCall, cmd: iommu_ioas_map_file, writable: bool) -> Pages:
+    kernel, process = ctx.kernel, call.process
+    found = kernel.lookup(cmd.fd, process)
+    if isinstance(found, DmaBuf):
+        return DmabufPages(kernel, process, found, cmd.start, cmd.length, writable)
+    size = None if found is not None else host_size(process, cmd.fd)
+    if size is not None and includes(kernel.release, "6.19"):
+        return DmabufPages(kernel, process, DmaBuf(size), cmd.start, cmd.length, writable)
+    return FilePages(kernel, process, cmd.fd, cmd.start, cmd.length, writable)
 
 
 @table.handles(IOMMU_IOAS_COPY)

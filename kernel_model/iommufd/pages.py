@@ -19,12 +19,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelBug, KernelError
+from kernel_model.fault_injection import injecting, iommufd_should_fail, kmalloc
 from kernel_model.interval import U64_MAX, complement
 from kernel_model.iommufd.ctx import ACCOUNT_MM, ACCOUNT_NONE, ACCOUNT_USER
 from kernel_model.process import CAP_IPC_LOCK, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, Process, Vma
 from uapi.behaviours import has
 
 if TYPE_CHECKING:
+    from kernel_model.iommu.core import Domain
+    from kernel_model.iommufd.io_pagetable import Area
     from kernel_model.kernel import Kernel
 
 #: Pages of the host. A kernel that pins more, say of a sparse mapping, runs out of memory on the way.
@@ -76,6 +79,8 @@ class Pages:
     def __init__(self, kernel: Kernel, process: Process, page_offset: int, length: int, writable: bool) -> None:
         if length == 0 or length > U64_MAX - PAGE_SIZE:
             raise KernelError(errno.EINVAL, f"a mapping of {length:#x} bytes")
+        if injecting:
+            kmalloc("struct iopt_pages")
         self.kernel = kernel
         self.process = process
         self.uid = process.credentials.uid()
@@ -89,6 +94,26 @@ class Pages:
         self.npinned = 0
         self._pinned: list[_Pinned] = []
         self._holds: list[Callable[[], None]] = []
+
+    #: Accesses cannot use these pages, and an area of them is not cut.
+    is_dmabuf = False
+
+    @property
+    def revoked(self) -> bool:
+        """Whether they have been taken from every domain for good."""
+        return False
+
+    def protection(self, prot: int) -> int:
+        """The IOMMU_* bits for a domain, from those of the area."""
+        return prot
+
+    def track(self, domain: Domain, area: Area) -> bool:
+        """An area of these comes into a domain; whether there is something to map."""
+        return True
+
+    def untrack(self, domain: Domain, area: Area) -> bool:
+        """It leaves the domain; whether something is mapped."""
+        return True
 
     @property
     def alignment_address(self) -> int:
@@ -119,6 +144,8 @@ class Pages:
         ENOMEM: the account's limit, after everything was pinned. Otherwise `resolve`'s errnos. After an error all is as
         it was.
         """
+        if injecting:
+            self.pin_can_fail(first, last)
         held = len(self._holds)
         try:
             return self._pin(first, last)
@@ -149,6 +176,16 @@ class Pages:
             piece.count += 1
             runs += piece.runs
         return _join(runs)
+
+    def pin_can_fail(self, first: int, last: int) -> None:
+        """Where pfn_reader_user_pin() offers to fail, before it pins what of [first, last] is not pinned yet."""
+        at_once = self.kernel.faults.temp_memory_limit // 8
+        covered = [(piece.first, piece.last) for piece in self._pinned]
+        for number, (hole_first, hole_last) in enumerate(complement(covered, first, last)):
+            if not number:
+                iommufd_should_fail(errno.ENOMEM, "a list of pages")
+            for _ in range(hole_first, hole_last + 1, at_once):
+                iommufd_should_fail(errno.EFAULT, "pin_user_pages()")
 
     def unpin(self, first: int, last: int) -> None:
         """Take one pin of [first, last] back."""
@@ -222,6 +259,8 @@ class Pages:
     def _charge(self, npages: int) -> None:
         """iopt_pages_update_pinned(), upwards. ENOMEM over RLIMIT_MEMLOCK in modes USER and MM."""
         mm = self.process.mm
+        if injecting and npages:
+            iommufd_should_fail(errno.ENOMEM, "a charge")
         if self.account_mode != ACCOUNT_NONE and npages:
             limit = self.process.credentials.memlock() >> PAGE_SHIFT
             user = self.kernel.user(self.uid)

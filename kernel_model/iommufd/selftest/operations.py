@@ -11,6 +11,7 @@ import errno
 from collections.abc import Callable, Iterator
 
 from kernel_model.errors import KernelError
+from kernel_model.fault_injection import spared
 from kernel_model.file import SystemCall
 from kernel_model.interval import U64_MAX
 from kernel_model.ioctl import UserCommand
@@ -21,7 +22,8 @@ from uapi import iommufd_test as abi
 from uapi.iommufd_test import IOMMU_TEST_CMD, iommu_test_cmd
 
 TestCommand = UserCommand[Context, iommu_test_cmd]
-Operation = Callable[[TestCommand], None]
+#: Returns the ioctl's result; None is 0.
+Operation = Callable[[TestCommand], "int | None"]
 
 #: By number: the operation's name and what serves it.
 _OPERATIONS: dict[int, tuple[str, Operation]] = {}
@@ -39,12 +41,12 @@ def operation(*names: str) -> Callable[[Operation], Operation]:
 
 
 @table.handles(IOMMU_TEST_CMD)
-def test(ucmd: TestCommand) -> None:
+def test(ucmd: TestCommand) -> int | None:
     """EOPNOTSUPP: an operation that the release does not have. Otherwise see the operations."""
     name, serve = _OPERATIONS.get(ucmd.cmd.op, ("", None))
     if serve is None or name not in ucmd.ctx.kernel.profile.constants:
         raise KernelError(errno.EOPNOTSUPP, f"no test operation {ucmd.cmd.op}")
-    serve(ucmd)
+    return serve(ucmd)
 
 
 def callers_pages(call: SystemCall, address: int, npages: int) -> Iterator[int]:
@@ -62,9 +64,10 @@ def callers_pages(call: SystemCall, address: int, npages: int) -> Iterator[int]:
 def _locate(call: SystemCall, address: int, npages: int) -> Runs:
     if address + (npages << PAGE_SHIFT) > U64_MAX:
         raise KernelError(errno.EFAULT, f"{address:#x} is no user address")
-    pages = UserPages(call.kernel, call.process, address, npages << PAGE_SHIFT, False)
-    with pages.borrowed(0, npages - 1) as runs:
-        return runs
+    with spared():
+        pages = UserPages(call.kernel, call.process, address, npages << PAGE_SHIFT, False)
+        with pages.borrowed(0, npages - 1) as runs:
+            return runs
 
 
 def _flat(runs: Runs) -> Iterator[int]:
