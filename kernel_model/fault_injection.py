@@ -19,7 +19,8 @@ from __future__ import annotations
 import errno
 import threading
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from random import Random
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -104,6 +105,8 @@ class FaultInjection:
         self.tasks: dict[int, Task] = {}
         #: How often each place has failed.
         self.injected: Counter[str] = Counter()
+        #: iommufd_test_memory_limit: the bytes of a list of pages, which say how often a pin can fail on its way.
+        self.temp_memory_limit = 65536
         self._anybody = Task(self, 0, None)
 
     # -- fail-nth ----------------------------------------------------------------------------------------------------
@@ -200,6 +203,17 @@ def usercopy(what: str) -> None:
     """A copy from or to the caller's memory. EFAULT: it fails."""
     if _fails(USERCOPY, what):
         raise KernelError(errno.EFAULT, f"injected: {what}")
+
+
+@contextmanager
+def spared() -> Iterator[None]:
+    """Nothing in the block is a failure's turn: the kernel does this without an allocation that can fail."""
+    task = injecting.pop(threading.get_ident(), None)
+    try:
+        yield
+    finally:
+        if task is not None:
+            injecting[threading.get_ident()] = task
 
 
 class Injection:

@@ -11,6 +11,7 @@ import errno
 
 from fakedev.memory import PAGE_SIZE, PhysicalMemory
 from kernel_model.errors import KernelBug, KernelError
+from kernel_model.fault_injection import alloc_page, injecting
 
 #: Below lie the real-mode vectors, the video memory and the firmware of a PC.
 _FIRST_PAGE = 0x10_0000
@@ -36,6 +37,8 @@ class PageAllocator:
 
     def alloc(self) -> int:
         """The physical address of a zeroed page. ENOMEM when RAM is used up."""
+        if injecting:
+            alloc_page("a table or queue")
         if self._free:
             page = self._free.pop()
             self._ram[page : page + PAGE_SIZE] = _ZEROES

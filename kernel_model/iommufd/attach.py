@@ -13,6 +13,7 @@ import errno
 from collections.abc import Callable
 
 from kernel_model.errors import KernelBug, KernelError
+from kernel_model.fault_injection import injecting, iommufd_should_fail, kmalloc
 from kernel_model.iommu import core
 from kernel_model.iommufd.device import Attach, AttachHandle, IommufdDevice, IommufdGroup
 from kernel_model.iommufd.hwpt import Hwpt, HwptPaging, paging_alloc
@@ -32,6 +33,8 @@ def _enforce_reserved(idev: IommufdDevice, paging: HwptPaging, note_msi: bool) -
 
     `note_msi`: remember where the device's doorbells are to be mapped.
     """
+    if injecting:
+        iommufd_should_fail(errno.EINVAL, "iopt_table_enforce_dev_resv_regions()")
     iopt = paging.ioas.iopt
     regions = core.get_resv_regions(idev.dev)
     try:
@@ -101,6 +104,8 @@ def _hwpt_attach_device(hwpt: Hwpt, idev: IommufdDevice, pasid: int) -> None:
     """iommufd_hwpt_attach_device(). EINVAL: PASID rules. Then those of the IOMMU core."""
     igroup = idev.group
     _check_pasid(igroup, hwpt, pasid)
+    if injecting:
+        kmalloc("struct iommufd_attach_handle")
     handle = AttachHandle(idev)
     if pasid == NO_PASID:
         core.attach_group_handle(_domain(hwpt), igroup.group, handle)
@@ -113,6 +118,8 @@ def _hwpt_replace_device(idev: IommufdDevice, pasid: int, hwpt: Hwpt, old: Hwpt)
     igroup = idev.group
     _check_pasid(igroup, hwpt, pasid)
     old_handle = igroup.group.pasid_array.get(pasid)
+    if injecting:
+        kmalloc("struct iommufd_attach_handle")
     handle = AttachHandle(idev)
     if pasid == NO_PASID:
         core.replace_group_handle(igroup.group, _domain(hwpt), handle)
@@ -147,6 +154,8 @@ def hwpt_attach(hwpt: Hwpt, idev: IommufdDevice, pasid: int) -> None:
     the IOMMU core."""
     igroup = idev.group
     attach = igroup.attachments.get(pasid)
+    if injecting and attach is None:
+        kmalloc("struct iommufd_attach")
     if attach is not None:
         if idev.id in attach.devices:
             raise KernelError(errno.EBUSY, f"device {idev.id} is attached already")

@@ -9,6 +9,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelBug, KernelError
+from kernel_model.fault_injection import injecting, kmalloc
 from kernel_model.interval import U64_MAX
 from kernel_model.ioctl import UserCommand
 from kernel_model.iommu import core
@@ -110,6 +111,8 @@ def device_bind(ctx: Context, dev: core.Device) -> IommufdDevice:
         group = dev.group
         if group is None:
             raise KernelError(errno.ENODEV, "the device is in no IOMMU group")
+        if injecting and group not in ctx.groups:
+            kmalloc("struct iommufd_group")
         if not dev.is_mock and not core.group_has_isolated_msi(group) and not ctx.kernel.allow_unsafe_interrupts:
             raise KernelError(errno.EPERM, "the platform does not isolate MSIs")
         core.device_claim_dma_owner(dev, ctx)

@@ -10,6 +10,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelError
+from kernel_model.fault_injection import injecting, kmalloc
 from kernel_model.file import FileDescription, SystemCall
 from kernel_model.ioctl import UserCommand
 from kernel_model.iommufd import device, dirty, eventq, hwpt_ioctl, ioas, selftest, vfio_compat, viommu
@@ -44,6 +45,8 @@ def register(kernel: Kernel) -> None:
         return  # a release before 6.2 has no iommufd
 
     def open_context(call: SystemCall, flags: int) -> FileDescription:
+        if injecting:
+            kmalloc("struct iommufd_ctx")
         context = Context(kernel, entries)
         kernel.contexts.add(context)
         return context

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from kernel_model.errors import KernelBug, KernelError
+from kernel_model.fault_injection import injecting, iommufd_should_fail, kmalloc
 
 if TYPE_CHECKING:
     from kernel_model.iommufd.ctx import Context
@@ -28,6 +29,8 @@ class Object:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
         self.users = 1
+        if injecting:
+            kmalloc(type(self).__name__)
         self.id = ctx.objects.reserve()
 
     def destroy(self) -> None:
@@ -83,6 +86,8 @@ class ObjectTable:
 
     def get(self, number: int, kind: type[T]) -> T:
         """iommufd_get_object(): the visible object of that kind. ENOENT otherwise."""
+        if injecting:
+            iommufd_should_fail(errno.ENOENT, "iommufd_get_object()")
         found = self._objects.get(number)
         if not isinstance(found, kind):
             raise KernelError(errno.ENOENT, f"{number} is not the id of {_article(kind)}")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelError
+from kernel_model.fault_injection import injecting, kmalloc
 from kernel_model.iommu.core import IOMMU_MMIO, IOMMU_READ, IOMMU_WRITE, Domain
 from kernel_model.process import PAGE_MASK, PAGE_SIZE
 
@@ -48,6 +49,8 @@ def _get_map(ctx: Context, address: int, start: int) -> SwMsiMap:
             return found
     if len(ctx.sw_msi) >= _PAGES_MAX:
         raise KernelError(errno.EOVERFLOW, f"a context has at most {_PAGES_MAX} doorbell pages")
+    if injecting:
+        kmalloc("struct iommufd_sw_msi_map")
     made = SwMsiMap(len(ctx.sw_msi), start, address, len(same))
     ctx.sw_msi.append(made)
     return made

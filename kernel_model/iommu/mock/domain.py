@@ -9,6 +9,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelBug, KernelError
+from kernel_model.fault_injection import alloc_page, injecting, kmalloc
 from kernel_model.iommu.core import IOMMU_DIRTY_NO_CLEAR, IOMMU_DOMAIN_BLOCKED, IOMMU_READ, IOMMU_WRITE, IommuDriver
 from kernel_model.iommu.mock.attach import MockDevice as MockDevice
 from kernel_model.iommu.mock.attach import MockDomain as MockDomain
@@ -35,6 +36,9 @@ class MockPagingDomain(MockDomain):
     """`struct mock_iommu_domain`."""
 
     def __init__(self, owner: IommuDriver, huge: bool, dirty: bool) -> None:
+        if injecting:
+            kmalloc("struct mock_iommu_domain")
+            alloc_page("the top of a table")
         super().__init__(owner)
         self.dirty_ops = dirty
         self.pgsize_bitmap = _HUGE_PAGE_SIZES if huge else _DEFAULT_PAGE_SIZES
@@ -62,6 +66,8 @@ class MockPagingDomain(MockDomain):
             raise KernelError(errno.EINVAL, "a mapping is readable or writable")
         if iova < self.aperture_start or iova + length - 1 > self.aperture_end:
             raise KernelError(errno.ERANGE, f"{iova:#x} + {length:#x} is outside the aperture")
+        if injecting:
+            alloc_page("a table")
 
     def unmap(self, iova: int, length: int) -> int:
         """See `Domain.unmap`."""

@@ -10,6 +10,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelError
+from kernel_model.fault_injection import injecting, kmalloc
 from kernel_model.iommu.core import IOMMU_DOMAIN_NESTED, IommuDriver
 from kernel_model.iommu.mock.attach import MockDomain
 from uapi.cstruct import offsetofend
@@ -44,7 +45,10 @@ class MockNestedDomain(MockDomain):
         """__mock_domain_alloc_nested(). EOPNOTSUPP: data of another driver. Then those of `UserData.copy_from`."""
         if user_data.type != IOMMU_HWPT_DATA_SELFTEST:
             raise KernelError(errno.EOPNOTSUPP, f"data type {user_data.type:#x}")
-        return cls(owner, user_data.copy_from(iommu_hwpt_selftest, IOMMU_HWPT_DATA_SELFTEST, _DATA_MIN).iotlb)
+        data = user_data.copy_from(iommu_hwpt_selftest, IOMMU_HWPT_DATA_SELFTEST, _DATA_MIN)
+        if injecting:
+            kmalloc("struct mock_iommu_domain_nested")
+        return cls(owner, data.iotlb)
 
     def cache_invalidate_user(self, array: UserDataArray) -> None:
         """mock_domain_cache_invalidate_user(): entry by entry, up to the first that is wrong.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 from kernel_model.errors import KernelError
+from kernel_model.fault_injection import injecting, kmalloc
 from kernel_model.file import FileDescription
 from kernel_model.interval import U64_MAX
 from kernel_model.iommufd.access import Access, access_create, access_destroy
@@ -63,12 +64,18 @@ def _create_access(ucmd: TestCommand) -> None:
     cmd, ctx, process = ucmd.cmd.create_access, ucmd.ctx, ucmd.call.process
     if cmd.flags & ~abi.MOCK_FLAGS_ACCESS_CREATE_NEEDS_PIN_PAGES:
         raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x}")
+    if injecting:
+        kmalloc("struct selftest_access")
     file = AccessFile()
     try:
         fd = ctx.kernel.install_for(process, file)
     except KernelError as error:
         raise KernelError(errno.ENOMEM, "no descriptor is left") from error
-    access = access_create(ctx, bool(cmd.flags), file.unmap)
+    try:
+        access = access_create(ctx, bool(cmd.flags), file.unmap)
+    except KernelError:
+        ctx.kernel.close_for(process, fd)
+        raise
     try:
         access.attach(ucmd.cmd.id)
         cmd.out_access_fd = fd
@@ -100,6 +107,8 @@ def _access_pages(ucmd: TestCommand) -> None:
     access = file.attached
     if not access.needs_pin_pages:
         raise KernelError(errno.EOPNOTSUPP, "the access pins no pages")
+    if injecting:
+        kmalloc("an array of pages")
     pages = access.pin_pages(iova, length, bool(cmd.flags & abi.MOCK_FLAGS_ACCESS_WRITE))
     try:
         if cmd.uptr:
@@ -107,6 +116,8 @@ def _access_pages(ucmd: TestCommand) -> None:
             for mine, theirs in zip(pages, callers_pages(ucmd.call, start, len(pages)), strict=True):
                 if mine != theirs:
                     raise KernelError(errno.EBADE, f"the page at {theirs:#x} is not the one at {mine:#x}")
+        if injecting:
+            kmalloc("struct selftest_access_item")
         cmd.out_access_pages_id = file.next_id
         file.next_id += 1
         ucmd.respond()
@@ -135,6 +146,8 @@ def _access_rw(ucmd: TestCommand) -> None:
     if cmd.flags & ~(abi.MOCK_ACCESS_RW_WRITE | abi.MOCK_ACCESS_RW_SLOW_PATH):
         raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x}")
     access = _access_file(ucmd).attached
+    if injecting:
+        kmalloc("a copy of the data")
     slow = bool(cmd.flags & abi.MOCK_ACCESS_RW_SLOW_PATH)
     if cmd.flags & abi.MOCK_ACCESS_RW_WRITE:
         access.rw(call, cmd.iova, cmd.length, bytes(call.copy_from_user(cmd.uptr, cmd.length)), slow)

@@ -1,7 +1,7 @@
 """Operations that look behind the scenes, after drivers/iommu/iommufd/selftest.c.
 
 Left out: MD_CHECK_REFS counts every page, also those of huge pages, which the kernel passes over. SET_TEMP_MEMORY_LIMIT
-has no effect: there are no batches.
+says no more than how often a pin can fail: there are no batches.
 """
 
 from __future__ import annotations
@@ -97,3 +97,4 @@ def _set_memory_limit(ucmd: TestCommand) -> None:
     """EINVAL: less than a batch of one page needs."""
     if ucmd.cmd.memory_limit.limit < _BATCH_ELEMENT:
         raise KernelError(errno.EINVAL, f"a limit of {ucmd.cmd.memory_limit.limit} bytes")
+    ucmd.ctx.kernel.faults.temp_memory_limit = ucmd.cmd.memory_limit.limit
