@@ -17,6 +17,7 @@ from fakedev.pgtable.vtd_ss import SS_SNP, VtdSecondStage
 from fakedev.vtd import descriptors as qi
 from fakedev.vtd import entries
 from kernel_model.errors import KernelBug, KernelError
+from kernel_model.fault_injection import injecting, kmalloc
 from kernel_model.iommu.core import (
     IOMMU_CAP_CACHE_COHERENCY,
     IOMMU_CAP_ENFORCE_CACHE_COHERENCY,
@@ -145,6 +146,8 @@ class SecondStageDomain(Domain):
     takes_pasids = True
 
     def __init__(self, owner: IntelIommu, unit: IntelUnit, address_bits: int, top_level: int) -> None:
+        if injecting:
+            kmalloc("struct dmar_domain")
         super().__init__(owner)
         self._always = owner.always
         caps = unit.caps
@@ -177,6 +180,8 @@ class SecondStageDomain(Domain):
         self._check_compatible(unit)
         entry = self._ids.get(unit)
         if entry is None:
+            if injecting:
+                kmalloc("struct iommu_domain_info")
             did = unit.alloc_domain_id()
             if did is None:
                 raise KernelError(errno.ENOSPC, "the unit has no free domain id")
@@ -187,6 +192,8 @@ class SecondStageDomain(Domain):
         self.devices.append(info)
         try:
             _context_set(info, entries.TT_MULTI_LEVEL, self.table.root, self.table.top_level - 1, entry[0])
+            if injecting:
+                kmalloc("struct cache_tag")
         except KernelError:
             self.cache_tags.assign(unit, entry[0])  # which block_translation() takes away again
             block_translation(device)
