@@ -22,8 +22,9 @@ from typing import Any
 
 import pytest
 
-from conformance.offers import PROBES, older
+from conformance.offers import PROBES, number, older
 from uapi.backend import DEV_IOMMU, Backend
+from uapi.behaviours import BY_ID
 from uapi.decode import render_all
 from uapi.trace import RecordedFile, Recorder
 
@@ -37,6 +38,8 @@ _EVENTS = pytest.StashKey["Events"]()
 
 MARKERS = (
     'since(release): the behaviour came with this release ("6.13"); skipped on an older kernel',
+    "has(behaviour): the new side of a row of uapi/behaviours.py; skipped on a kernel that is older",
+    "lacks(behaviour): the old side of one; skipped on a kernel that is newer",
     "needs(*things): skipped where the kernel or its host lacks one of " + ", ".join(PROBES),
     "model_only(reason): says something that only the model can show",
     "linux_only(reason): says something that only a real kernel can show",
@@ -131,11 +134,16 @@ def _unfit(config: pytest.Config, item: pytest.Item, backend: Backend) -> str | 
     for marker in item.iter_markers("since"):
         if older(backend.release, marker.args[0]):
             return f"needs Linux {marker.args[0]}"
+    for wanted in ("has", "lacks"):
+        for marker in item.iter_markers(wanted):
+            row = BY_ID[marker.args[0]]
+            if row.holds(number(backend.release)) != (wanted == "has"):
+                return f"{'needs' if wanted == 'has' else 'older than'} Linux {row.since}"
     offers = config.stash[_OFFERS]
-    wanted = [thing for marker in item.iter_markers("needs") for thing in marker.args]
+    things = [thing for marker in item.iter_markers("needs") for thing in marker.args]
     # A test that asks for the fixture of /dev/iommu need not say that it needs one.
-    wanted += ["iommu"] if "iommu" in getattr(item, "fixturenames", ()) else []
-    for thing in wanted:
+    things += ["iommu"] if "iommu" in getattr(item, "fixturenames", ()) else []
+    for thing in things:
         if thing not in PROBES:
             raise pytest.UsageError(f"{item.nodeid}: needs({thing!r}) is unknown; known: {', '.join(PROBES)}")
         if thing not in offers:

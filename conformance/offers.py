@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 from uapi import iommufd_test as abi
 from uapi.backend import DEV_IOMMU, Backend
+from uapi.behaviours import BY_ID
+from uapi.iommufd import IOMMU_IOAS_ALLOC
 from uapi.iommufd_test import IOMMU_TEST_CMD
 from uapi.version import includes
 
@@ -63,6 +65,12 @@ def _mock(backend: Backend) -> str | None:
         except OSError as error:
             if error.errno == errno.ENOTTY:
                 return "no mock driver (CONFIG_IOMMUFD_TEST)"
+        arg = IOMMU_TEST_CMD.make(op=abi.IOMMU_TEST_OP_MOCK_DOMAIN, id=IOMMU_IOAS_ALLOC(file).out_ioas_id)
+        try:
+            IOMMU_TEST_CMD.raw(file, arg)
+        except OSError as error:
+            if error.errno == errno.EINVAL and not BY_ID["mock-beside-a-real-iommu"].holds(number(backend.release)):
+                return "no mock devices beside a real IOMMU before 6.17: they are on the machine `mock`"
     return None
 
 
@@ -133,10 +141,15 @@ PROBES: dict[str, Callable[[Backend], str | None]] = {
 }
 
 
-def older(release: str, since: str) -> bool:
-    """Whether a kernel of this release ("7.3.4-oracle", "7.4.0-rc1+", "6.12") comes before `since`."""
+def number(release: str) -> str:
+    """The release's name alone ("7.3.4-oracle" -> "7.3.4", "7.4.0-rc1+" -> "7.4-rc1"); "0.0" for what is none."""
     found = re.match(r"(\d+\.\d+)(\.\d+)?(-rc\d+)?", release)
     if found is None:
-        return True
+        return "0.0"
     base, point, candidate = found.groups()
-    return not includes(base + (candidate or point or ""), since)
+    return base + (candidate or point or "")
+
+
+def older(release: str, since: str) -> bool:
+    """Whether a kernel of this release ("7.3.4-oracle", "7.4.0-rc1+", "6.12") comes before `since`."""
+    return not includes(number(release), since)

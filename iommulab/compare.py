@@ -16,11 +16,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from conformance.offers import KNOWN_FAULTS, older
+from conformance.offers import KNOWN_FAULTS, number, older
 from iommulab import differences
 from iommulab.errors import UserError
 from iommulab.results import Results, Test, area_of, load
 from iommulab.terminal import console as make_console
+from uapi.behaviours import BY_ID
 from uapi.decode import render
 
 #: Differing tests that are printed in full.
@@ -87,6 +88,9 @@ def _one_sided(left: Test, right: Test, releases: tuple[str, str]) -> bool:
         if "model_only" in markers or "linux_only" in markers:
             return True
         if any(older(release, since) for since in markers.get("since", [])):
+            return True
+        rows = [(name, BY_ID[row]) for name in ("has", "lacks") for row in markers.get(name, []) if row in BY_ID]
+        if any(row.holds(number(release)) != (name == "has") for name, row in rows):
             return True
         if any(test.reason == KNOWN_FAULTS.get(need) for need in markers.get("needs", [])):
             return True
