@@ -33,7 +33,7 @@ def select_tests(wanted: list[str]) -> list[str]:
     chosen = []
     for name in wanted:
         path, separator, rest = name.removeprefix("conformance/").partition("::")
-        for candidate in (path, f"{path}.py", f"test_{path}.py"):
+        for candidate in (path, f"test_{path}.py", f"{path}.py"):
             if path and (SUITE / candidate).is_file():
                 chosen.append(f"{SUITE / candidate}{separator}{rest}")
                 break
