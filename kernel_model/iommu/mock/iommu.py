@@ -1,6 +1,6 @@
 """The mock IOMMU driver, after drivers/iommu/iommufd/selftest.c at 7.3; its domains and devices are in `domain`.
 
-Left out: vIOMMUs, PASID attachment, I/O page faults, sysfs of the groups and of the IOMMU.
+Left out: vIOMMUs, I/O page faults, sysfs of the groups and of the IOMMU.
 """
 
 from __future__ import annotations
@@ -137,4 +137,5 @@ class MockIommu(IommuDriver):
         return []
 
     def max_pasids(self, device: Device) -> int:
-        return 1 << MOCK_PASID_WIDTH if isinstance(device, MockDevice) and device.flags & MOCK_FLAGS_DEVICE_PASID else 0
+        """A device without the flag has a PASID width too, 0 bits: one PASID, which nothing can be attached to."""
+        return 1 << MOCK_PASID_WIDTH if isinstance(device, MockDevice) and device.flags & MOCK_FLAGS_DEVICE_PASID else 1
