@@ -11,12 +11,14 @@ store through them is noticed at the next call of any kind and delivered then, i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap as _mmap
 import os
 import socket
 import time
+from collections.abc import Iterable
 from resource import RLIMIT_MEMLOCK
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -35,12 +37,40 @@ if TYPE_CHECKING:
 class Descriptor:
     """The model's end of an open file: the socket, its identity (inode and device), and the description behind it."""
 
-    __slots__ = ("description", "key", "sock")
+    __slots__ = ("description", "fd", "key", "readable", "sock")
 
-    def __init__(self, sock: socket.socket, key: tuple[int, ...], description: FileDescription) -> None:
+    def __init__(self, sock: socket.socket, key: tuple[int, ...], description: FileDescription, fd: int) -> None:
         self.sock = sock
         self.key = key
         self.description = description
+        #: The client's end as it was made; by now it may be closed, and the number another file's.
+        self.fd = fd
+        #: A byte lies in the client's end: poll(2) and select(2) of it say that there is something to read.
+        self.readable = False
+
+    def set_readable(self, readable: bool, processes: Iterable[Process]) -> None:
+        """What poll(2) of the client's own descriptor is to say. Where no client is found to hold one, it stays."""
+        if readable and not self.readable:
+            self.sock.send(b"\0")
+            self.readable = True
+        elif self.readable and not readable:
+            for process in processes:
+                taken = self._take(process)
+                if taken is not None:
+                    with socket.socket(fileno=taken) as theirs:
+                        theirs.recv(1, socket.MSG_DONTWAIT)
+                    self.readable = False
+                    return
+
+    def _take(self, process: Process) -> int | None:
+        """A copy of the client's end, for the moment."""
+        with contextlib.suppress(OSError):
+            numbers = os.listdir(f"/proc/{process.pid}/fd")
+            for fd in [self.fd, *map(int, numbers)]:
+                with contextlib.suppress(OSError):
+                    if process.stat_fd(fd)[1:3] == self.key:
+                        return process.take_fd(fd)
+        return None
 
 
 class ModelMapping:

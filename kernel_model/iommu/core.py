@@ -21,6 +21,7 @@ from kernel_model.errors import KernelBug, KernelError
 
 if TYPE_CHECKING:
     from fakedev.pci import PciFunction
+    from kernel_model.iommu.io_pgfault import FaultParam, IopfGroup, PageRequest
     from kernel_model.iommufd.iova_bitmap import IovaBitmap
     from kernel_model.iommufd.user_data import UserData, UserDataArray
 
@@ -92,7 +93,7 @@ class Domain(ABC):
     #: Whether a device's PASID can be attached: there is a `set_dev_pasid`.
     takes_pasids = False
     #: Who gets the page faults of attached devices, as groups (`domain->iopf_handler`).
-    iopf_handler: Callable[[Any], None] | None = None
+    iopf_handler: Callable[[IopfGroup], None] | None = None
     #: The HWPT that the domain belongs to (`domain->iommufd_hwpt`).
     iommufd_hwpt: Any = None
 
@@ -200,6 +201,13 @@ class IommuDriver(ABC):
         """A nested domain on `parent`. EOPNOTSUPP without nesting."""
         raise KernelError(errno.EOPNOTSUPP, f"{self.name} has no nested translation")
 
+    #: Guests have their own tables of PASIDs, so that faults of any PASID go to the device's nested domain.
+    user_pasid_table = False
+
+    def page_response(self, device: Device, fault: PageRequest, code: int) -> None:
+        """Answer a page request, and the group that it is the last of, at the device: IOMMU_PAGE_RESP_*."""
+        raise KernelBug(f"{self.name} reports no page requests")
+
     #: Whether `domain_alloc_nested` is there at all (`ops->domain_alloc_nested`).
     has_nested = False
 
@@ -231,6 +239,8 @@ class Device:
         self.require_direct = False
         #: The driver's own data (`dev_iommu_priv_get()`).
         self.priv: object = None
+        #: Set while page requests of the device are taken (`dev->iommu->fault_param`).
+        self.fault_param: FaultParam | None = None
 
     @property
     def max_pasids(self) -> int:

@@ -58,6 +58,8 @@ def hwpt_alloc(ucmd: UserCommand[Context, iommu_hwpt_alloc]) -> None:
         if cmd.flags & IOMMU_HWPT_FAULT_ID_VALID:
             hwpt.fault = ctx.objects.get(cmd.fault_id, Fault)
             hwpt.fault.users += 1
+            assert hwpt.domain is not None
+            hwpt.domain.iopf_handler = hwpt.fault.handle
         cmd.out_hwpt_id = hwpt.id
         ucmd.respond()
     except KernelError:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.iommu.core import IOMMU_DOMAIN_BLOCKED, Device, Domain, IommuDriver
+from kernel_model.iommu.io_pgfault import iopf_queue_add_device, iopf_queue_remove_device
 from uapi.iommufd_test import (
     IOMMU_TEST_DEV_CACHE_DEFAULT,
     IOMMU_TEST_PASID_RESERVED,
@@ -90,11 +91,17 @@ class MockDomain(Domain):
 
 def _enable_iopf(mock: MockDevice, domain: Domain) -> None:
     """mock_dev_enable_iopf()."""
-    if domain.iopf_handler is not None:
-        mock.iopf_refcount += 1
+    if domain.iopf_handler is None:
+        return
+    if not mock.iopf_refcount:
+        iopf_queue_add_device(mock)
+    mock.iopf_refcount += 1
 
 
 def _disable_iopf(mock: MockDevice, domain: Domain | None) -> None:
     """mock_dev_disable_iopf()."""
-    if domain is not None and domain.iopf_handler is not None:
-        mock.iopf_refcount -= 1
+    if domain is None or domain.iopf_handler is None:
+        return
+    mock.iopf_refcount -= 1
+    if not mock.iopf_refcount:
+        iopf_queue_remove_device(mock)

@@ -10,6 +10,7 @@ import heapq
 from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelBug, KernelError
+from kernel_model.fault_injection import injecting, kmalloc
 from kernel_model.iommu.core import (
     IOMMU_CAP_CACHE_COHERENCY,
     IOMMU_CAP_DIRTY_TRACKING,
@@ -44,6 +45,7 @@ from uapi.iommufd_test import (
 )
 
 if TYPE_CHECKING:
+    from kernel_model.iommu.io_pgfault import PageRequest
     from kernel_model.iommufd.user_data import UserData
 
 _PAGING_FLAGS = IOMMU_HWPT_ALLOC_DIRTY_TRACKING | IOMMU_HWPT_ALLOC_NEST_PARENT | IOMMU_HWPT_ALLOC_PASID
@@ -69,6 +71,15 @@ class MockIommu(IommuDriver):
         """A device in a new group. EINVAL: a flag that is not in `known`; a real IOMMU hides this one."""
         if flags & ~known:
             raise KernelError(errno.EINVAL, f"device flags {flags:#x}")
+        if injecting:
+            for what in (
+                "struct mock_dev",
+                "its name",
+                "its software node",
+                "struct iommu_group",
+                "struct group_device",
+            ):
+                kmalloc(what)
         if self._hidden:
             raise KernelError(errno.EINVAL, "a mock device has no IOMMU where the machine has a real one")
         if self._free:
@@ -104,6 +115,8 @@ class MockIommu(IommuDriver):
     def hw_info(self, device: Device, wanted_type: int) -> tuple[int, bytes]:
         if wanted_type not in (IOMMU_HW_INFO_TYPE_DEFAULT, IOMMU_HW_INFO_TYPE_SELFTEST):
             raise KernelError(errno.EOPNOTSUPP, f"the mock has no type {wanted_type:#x}")
+        if injecting:
+            kmalloc("struct iommu_test_hw_info")
         return IOMMU_HW_INFO_TYPE_SELFTEST, bytes(iommu_test_hw_info(test_reg=IOMMU_HW_INFO_SELFTEST_REGVAL))
 
     def domain_alloc_paging_flags(self, device: Device, flags: int, user_data: UserData | None = None) -> Domain:
@@ -132,6 +145,10 @@ class MockIommu(IommuDriver):
         return MockNestedDomain.alloc(self, user_data)
 
     has_nested = True
+    user_pasid_table = True
+
+    def page_response(self, device: Device, fault: PageRequest, code: int) -> None:
+        """mock_domain_page_response(): no hardware waits for it."""
 
     def resv_regions(self, device: Device) -> list[ResvRegion]:
         return []
