@@ -17,6 +17,7 @@ behind, and copies of read(2) and write(2) of this process.
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -124,6 +125,14 @@ class FaultInjection:
     def get_nth(self, tid: int) -> int:
         task = self.tasks.get(tid)
         return 0 if task is None else task.left
+
+    def task_exited(self) -> None:
+        """Some process has gone, and what its tasks awaited with it."""
+        gone = [tid for tid in self.tasks if not os.path.exists(f"/proc/{tid}")]
+        for tid in gone:
+            del self.tasks[tid]
+        if gone:
+            self.changed()
 
     def changed(self) -> None:
         """An attribute has been set, or what a task awaits."""

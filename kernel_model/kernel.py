@@ -365,6 +365,7 @@ class Kernel:
             with self.entered():
                 self.memory.remove_window(process.mm.window)
                 self._retired_mms.append(process.mm)
+                self.faults.task_exited()
 
     def disown(self, reason: str) -> None:
         """Refuse every further call: this copy of the model is in a forked child."""

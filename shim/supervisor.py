@@ -37,6 +37,7 @@ _F_DUPFD, _F_DUPFD_CLOEXEC = 0, 1030
 _PATH_MAX = 4096
 _IOV_MAX = 1024
 _STATUS = re.compile(r"/proc/(?:self|thread-self|(\d+))/status")
+_FAIL_NTH = re.compile(r"/proc/(self|thread-self|\d+)(?:/task/(\d+))?/fail-nth")
 _IOVEC = Struct("<QQ")
 #: What the program's exception reports end at, so that a loop in it does not fill the terminal.
 _REPORTS = 20
@@ -177,7 +178,13 @@ class Supervisor:
             description = None
         if description is None:
             raise NotServed
-        return description, SystemCall(self.kernel, process)
+        return description, self._system_call(call, process)
+
+    def _system_call(self, call: Notification, process: Process) -> SystemCall:
+        """The call as the kernel, which has been entered, knows it: of that process, and for that thread's fail-nth."""
+        if self.kernel.failing is not None:
+            self.kernel.failing.begin(call.tid)
+        return SystemCall(self.kernel, process)
 
     # -- open --------------------------------------------------------------------------------------------------------
 
@@ -190,12 +197,15 @@ class Supervisor:
         status = _STATUS.fullmatch(path)
         if status is not None:
             return self._open_status(call, status[1])
-        if not self._is_ours(path):
+        fail_nth = _FAIL_NTH.fullmatch(path)
+        if fail_nth is None and not self._is_ours(path):
             raise NotServed
         flags &= 0xFFFFFFFF
         process = self._client(call)
+        if fail_nth is not None:
+            path = self._fail_nth_path(call.tid, process.pid, *fail_nth.groups())
         with self.kernel.entered():
-            system_call = SystemCall(self.kernel, process)
+            system_call = self._system_call(call, process)
             description = self.kernel.files.open(system_call, path, flags)
             if isinstance(description, SysfsFile) and description.access == os.O_RDONLY:
                 return self._give_text(call, description.read(system_call, 1 << 20, 0), flags)
@@ -230,6 +240,14 @@ class Supervisor:
         except OSError as error:
             return error.errno == errno.ENOTDIR
         return False
+
+    @staticmethod
+    def _fail_nth_path(tid: int, pid: int, whose: str, task: str | None) -> str:
+        """The path without "self", which in the model is the supervisor."""
+        if whose == "thread-self":
+            return f"/proc/{pid}/task/{tid}/fail-nth"
+        owner = pid if whose == "self" else int(whose)
+        return f"/proc/{owner}/task/{task or owner}/fail-nth"
 
     def _open_status(self, call: Notification, pid: str | None) -> int:
         """/proc/PID/status of a client that the model has charged, with what it charged."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from fakedev.memory import BusAbort
 from kernel_model.errors import KernelBug, KernelError
-from kernel_model.fault_injection import injecting, iommufd_should_fail, kmalloc, usercopy
+from kernel_model.fault_injection import injecting, iommufd_should_fail, usercopy
 from kernel_model.file import SystemCall
 from kernel_model.interval import U64_MAX
 from kernel_model.iommufd.ctx import Context
@@ -98,9 +98,8 @@ class Access(Object):
                 _check_prot(area, write)
                 _check_kind(area)
                 if injecting:
-                    kmalloc("struct iopt_pages_access")
-                    iommufd_should_fail(errno.EINVAL, "pages_to_xarray()")
-                runs = area.pages.pin(_start_byte(area, first) >> PAGE_SHIFT, _start_byte(area, last) >> PAGE_SHIFT)
+                    area.pages.access_can_fail(*_indexes(area, first, last))
+                runs = area.pages.pin(*_indexes(area, first, last))
                 area.num_accesses += 1
                 found += [pa + (index << PAGE_SHIFT) for pa, npages in runs for index in range(npages)]
                 done = last + 1
@@ -148,6 +147,10 @@ def _start_byte(area: Area, iova: int) -> int:
     return area.start_byte + iova - area.iova
 
 
+def _indexes(area: Area, first: int, last: int) -> tuple[int, int]:
+    return _start_byte(area, first) >> PAGE_SHIFT, _start_byte(area, last) >> PAGE_SHIFT
+
+
 def _check_prot(area: Area, write: bool) -> None:
     if not area.prot & (IOMMU_WRITE if write else IOMMU_READ) or (write and not area.pages.writable):
         raise KernelError(errno.EPERM, f"the mapping at {area.iova:#x} forbids that")
@@ -161,7 +164,7 @@ def _check_kind(area: Area) -> None:
 def _unpin(ioas: Ioas, iova: int, last: int) -> None:
     for area, first, end in ioas.iopt.contiguous(iova, last):
         area.num_accesses -= 1
-        area.pages.unpin(_start_byte(area, first) >> PAGE_SHIFT, _start_byte(area, end) >> PAGE_SHIFT)
+        area.pages.unpin(*_indexes(area, first, end))
 
 
 def _rw(call: SystemCall, pages: Pages, start: int, length: int, data: bytes | None, slow: bool) -> bytes:
@@ -199,8 +202,7 @@ def _slow_can_fail(pages: Pages, first: int, last: int) -> None:
     if first == last and isinstance(pages, UserPages):
         iommufd_should_fail(errno.EINVAL, "iopt_pages_rw_page()")
     else:
-        iommufd_should_fail(errno.ENOMEM, "a batch of pages")
-        pages.pin_can_fail(first, last)
+        pages.reader_can_fail(first, last)
 
 
 def access_create(ctx: Context, needs_pin_pages: bool, unmap: Unmap) -> Access:

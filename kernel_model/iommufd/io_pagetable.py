@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from sortedcontainers import SortedDict
 
 from kernel_model.errors import KernelBug, KernelError
-from kernel_model.fault_injection import injecting, iommufd_should_fail, kmalloc
+from kernel_model.fault_injection import injecting, kmalloc
 from kernel_model.interval import U64_MAX, Holes, complement, merge, place
 from kernel_model.iommufd.pages import Pages, Runs
 from kernel_model.process import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
@@ -236,7 +236,7 @@ class IoPagetable:
         if not self.domains:
             return
         if injecting:
-            iommufd_should_fail(errno.ENOMEM, "a batch of pages")
+            area.pages.reader_can_fail(area.first_index, area.last_index)
         runs = area.pages.pin(area.first_index, area.last_index)
         area.pinned = True
         done: list[Domain] = []
@@ -422,7 +422,7 @@ class IoPagetable:
         try:
             for area in self.areas.values():
                 if injecting:
-                    iommufd_should_fail(errno.ENOMEM, "a batch of pages")
+                    area.pages.reader_can_fail(area.first_index, area.last_index)
                 runs = area.pages.pin(area.first_index, area.last_index)
                 try:
                     self._map_domain(domain, area, runs)

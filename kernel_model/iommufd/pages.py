@@ -144,8 +144,6 @@ class Pages:
         ENOMEM: the account's limit, after everything was pinned. Otherwise `resolve`'s errnos. After an error all is as
         it was.
         """
-        if injecting:
-            self.pin_can_fail(first, last)
         held = len(self._holds)
         try:
             return self._pin(first, last)
@@ -177,15 +175,25 @@ class Pages:
             runs += piece.runs
         return _join(runs)
 
-    def pin_can_fail(self, first: int, last: int) -> None:
-        """Where pfn_reader_user_pin() offers to fail, before it pins what of [first, last] is not pinned yet."""
+    def reader_can_fail(self, first: int, last: int) -> None:
+        """Where a pfn_reader offers to fail: its batch, its list of pages, and each pin that fills the list."""
+        iommufd_should_fail(errno.ENOMEM, "a batch of pages")
         at_once = self.kernel.faults.temp_memory_limit // 8
-        covered = [(piece.first, piece.last) for piece in self._pinned]
-        for number, (hole_first, hole_last) in enumerate(complement(covered, first, last)):
+        for number, (hole_first, hole_last) in enumerate(self._unpinned(first, last)):
             if not number:
                 iommufd_should_fail(errno.ENOMEM, "a list of pages")
             for _ in range(hole_first, hole_last + 1, at_once):
                 iommufd_should_fail(errno.EFAULT, "pin_user_pages()")
+
+    def access_can_fail(self, first: int, last: int) -> None:
+        """Where iopt_area_add_access() and iopt_pages_fill_xarray() do; the list of pages is the caller's."""
+        kmalloc("struct iopt_pages_access")
+        for _ in self._unpinned(first, last):
+            iommufd_should_fail(errno.EFAULT, "pin_user_pages()")
+        iommufd_should_fail(errno.EINVAL, "pages_to_xarray()")
+
+    def _unpinned(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        return complement([(piece.first, piece.last) for piece in self._pinned], first, last)
 
     def unpin(self, first: int, last: int) -> None:
         """Take one pin of [first, last] back."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kernel_model.dma_buf import DmaBuf
 from kernel_model.errors import KernelBug, KernelError
-from kernel_model.fault_injection import injecting, kmalloc
+from kernel_model.fault_injection import injecting, iommufd_should_fail, kmalloc
 from kernel_model.iommufd.ctx import ACCOUNT_NONE
 from kernel_model.iommufd.pages import Pages, Runs
 from kernel_model.process import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Process
@@ -59,6 +59,9 @@ class DmabufPages(Pages):
 
     def pin(self, first: int, last: int) -> Runs:
         return [(self._address + self.start + (first << PAGE_SHIFT), last - first + 1)]
+
+    def reader_can_fail(self, first: int, last: int) -> None:
+        iommufd_should_fail(errno.ENOMEM, "a batch of pages")
 
     def unpin(self, first: int, last: int) -> None:
         pass
