@@ -200,6 +200,7 @@ def test_write_is_einval(iommu: File) -> None:
     ],
     ids=["nothing_published", "private", "executable"],
 )
+@pytest.mark.has("mmap-of-iommufd")
 def test_mmap_without_a_published_range_fails(iommu: File, prot: int, flags: int, number: int) -> None:
     with fails(number):
         iommu.mmap(PAGE, 0, prot, flags).close()

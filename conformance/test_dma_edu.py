@@ -259,6 +259,7 @@ def test_read_only_mapping_refuses_writes_and_gives_reads(edu: Edu, iommu: File,
     assert bytes(pages.view[:PAGE]) == OLD
 
 
+@pytest.mark.has("vtd-write-only")
 def test_write_only_mapping_refuses_reads_and_takes_writes(edu: Edu, iommu: File, ioas: int, pages: Buffer) -> None:
     map_user(iommu, ioas, pages.address, PAGE, IOVA, prot=WRITE)
     map_user(iommu, ioas, pages.address + PAGE, PAGE, IOVA + PAGE, prot=WRITE)

@@ -137,6 +137,7 @@ def test_no_descriptor_left_is_emfile_and_leaves_no_object(iommu: File) -> None:
     assert ioas_alloc(iommu) == 1
 
 
+@pytest.mark.has("fault-queue-on-paging-hwpt")
 @pytest.mark.needs("iommu", "root", "vfio_cdev")
 def test_hwpt_keeps_the_queue(kernel: Backend, device: VfioDevice, iommu: File, ioas: int) -> None:
     fault, file = queue(kernel, iommu)

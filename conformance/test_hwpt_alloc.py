@@ -112,8 +112,8 @@ def test_pasid_flag_is_accepted_without_pasids(device: VfioDevice, iommu: File, 
     assert device.attach(hwpt) == hwpt
 
 
-@pytest.mark.since("6.11")
-@pytest.mark.parametrize("flags", [FAULT, pytest.param(FAULT | PASID, marks=pytest.mark.since("6.13"))])
+@pytest.mark.has("fault-queue-on-paging-hwpt")
+@pytest.mark.parametrize("flags", [FAULT, FAULT | PASID])
 def test_unknown_fault_queue_is_enoent_and_undoes_the_hwpt(
     device: VfioDevice, iommu: File, ioas: int, flags: int
 ) -> None:

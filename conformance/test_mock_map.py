@@ -118,6 +118,7 @@ def test_check_that_wraps_is_einval(iommu: File, hwpt: int) -> None:
         check_map(iommu, hwpt, START, 2 * PAGE, U64_MAX - PAGE + 1)
 
 
+@pytest.mark.has("mock-check-map-looks-first")
 def test_check_of_no_hwpt_is_enoent(iommu: File, ioas: int, hwpt: int) -> None:
     for number in (0, ioas, hwpt - 1, hwpt + 1):
         with fails(errno.ENOENT):

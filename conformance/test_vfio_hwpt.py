@@ -272,7 +272,7 @@ def test_hwpt_alloc_nested_without_data_is_eopnotsupp(device: VfioDevice, iommu:
         hwpt_alloc(iommu, device.devid, hwpt)
 
 
-@pytest.mark.since("7.3")  # 6.12 answers EOPNOTSUPP to a paging HWPT with faults on VT-d
+@pytest.mark.has("fault-queue-on-paging-hwpt")
 def test_hwpt_alloc_with_a_fault_queue_that_is_missing_is_enoent(device: VfioDevice, iommu: File, ioas: int) -> None:
     with fails(errno.ENOENT):
         IOMMU_HWPT_ALLOC(iommu, dev_id=device.devid, pt_id=ioas, flags=IOMMU_HWPT_FAULT_ID_VALID, fault_id=99)
@@ -292,7 +292,7 @@ def test_hwpt_alloc_ignores_the_fault_id_without_the_flag(device: VfioDevice, io
     IOMMU_HWPT_ALLOC(iommu, dev_id=device.devid, pt_id=ioas, fault_id=99)
 
 
-@pytest.mark.since("7.3")  # 6.12 answers EOPNOTSUPP to a paging HWPT with faults on VT-d
+@pytest.mark.has("fault-queue-on-paging-hwpt")
 def test_hwpt_holds_its_fault_queue(kernel: Backend, device: VfioDevice, iommu: File, ioas: int) -> None:
     queue = IOMMU_FAULT_QUEUE_ALLOC(iommu)
     kernel.adopt(queue.out_fault_fd).close()
