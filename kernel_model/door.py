@@ -5,8 +5,9 @@ select and asyncio can watch it, dup, fork and SCM_RIGHTS copy it, and its last 
 the model's end. A call identifies its file by the descriptor's (device, inode), never by the number, so a `File` whose
 number was closed behind its back gives EBADF, and one whose number now names another file reaches that one.
 
-`ModelMapping` is what `File.mmap` returns. `read` and `write` are device accesses. Its bytes are ordinary memory: a raw
-store through them is noticed at the next call of any kind and delivered then, in address order, as 4-byte stores.
+`ModelMapping` is what `File.mmap` returns for registers. `read` and `write` are device accesses. Its bytes are ordinary
+memory: a raw store through them is noticed at the next call of any kind and delivered then, in address order, as 4-byte
+stores.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelError
-from kernel_model.file import MAX_RW_COUNT, FileDescription, MappedRegion, SystemCall, check_range
+from kernel_model.file import MAX_RW_COUNT, FileDescription, MappedMemory, MappedRegion, SystemCall, check_range
 from kernel_model.process import PAGE_SIZE, TASK_SIZE, HostCredentials, Process
 from uapi.backend import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, Argument, File, Readable
 from uapi.client import ClientBase
-from uapi.linux import address_of
+from uapi.linux import LinuxFile, LinuxMapping, address_of
 
 if TYPE_CHECKING:
     from kernel_model.kernel import Kernel
@@ -163,6 +164,31 @@ class ModelMapping:
         self.close()
 
 
+class MemoryMapping(LinuxMapping):
+    """A mapping of plain memory of the model: the host's kernel maps it, and nobody looks at the accesses.
+
+    As after a real munmap(2), views taken from it are of no use once it is closed.
+    """
+
+    def __init__(self, kernel: Kernel, memory: MappedMemory, length: int, prot: int) -> None:
+        mapped = LinuxFile(memory.fd, "").mmap(length, memory.offset, prot)
+        super().__init__(mapped.address, mapped.length)
+        self._kernel = kernel
+        self._memory = memory
+        kernel.mappings.append(self)
+
+    def overlaps(self, start: int, length: int) -> bool:
+        return start < self.address + self.length and start + length > self.address
+
+    def close(self) -> None:
+        """munmap(2)."""
+        if self._open:
+            super().close()
+            with self._kernel.entered():
+                self._kernel.mappings.remove(self)
+                self._memory.unmapped()
+
+
 class ModelFile:
     """An open file of the model, used by the model's own process."""
 
@@ -238,7 +264,7 @@ class ModelFile:
 
     def mmap(
         self, length: int, offset: int = 0, prot: int = PROT_READ | PROT_WRITE, flags: int = MAP_SHARED
-    ) -> ModelMapping:
+    ) -> ModelMapping | MemoryMapping:
         """mmap(2) at an address of the kernel's choice, after do_mmap() of mm/mmap.c.
 
         In order: EINVAL misaligned offset; EBADF; EINVAL length 0; ENOMEM longer than the address space; EOVERFLOW the
@@ -266,6 +292,8 @@ class ModelFile:
                 raise KernelError(errno.EACCES, "the file is not open for that access")
             region = description.mmap(SystemCall(kernel, kernel.process), pages, offset, prot, flags)
             try:
+                if isinstance(region, MappedMemory):
+                    return MemoryMapping(kernel, region, pages, prot)
                 return ModelMapping(kernel, region, pages, prot)
             except OSError as error:
                 region.unmapped()

@@ -120,6 +120,20 @@ class MappedRegion(Protocol):
         """The mapping is gone."""
 
 
+class MappedMemory:
+    """What a file gives to mmap(2) where plain memory lies behind it: nobody looks at the accesses.
+
+    The memory is `fd` from `offset` on, both the model's own.
+    """
+
+    def __init__(self, fd: int, offset: int) -> None:
+        self.fd = fd
+        self.offset = offset
+
+    def unmapped(self) -> None:
+        """The mapping is gone."""
+
+
 class FileDescription:
     """An open file. A subclass overrides the operations that it has."""
 
@@ -148,7 +162,7 @@ class FileDescription:
         """write(2) as a program makes it."""
         return self.write(call, call.copy_from_user(address, min(count, COPY_MAX)), offset)
 
-    def mmap(self, call: SystemCall, length: int, offset: int, prot: int, flags: int) -> MappedRegion:
+    def mmap(self, call: SystemCall, length: int, offset: int, prot: int, flags: int) -> MappedRegion | MappedMemory:
         raise KernelError(errno.ENODEV, f"{self.path} cannot be mapped")
 
     def poll(self) -> int:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from fakedev.machine import Machine
 from fakedev.machine import machine as build_machine
 from kernel_model.client_memory import ClientBuffer, ClientMemory, MmBacking
-from kernel_model.door import Descriptor, ModelClient, ModelFile, ModelMapping
+from kernel_model.door import Descriptor, MemoryMapping, ModelClient, ModelFile, ModelMapping
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.fault_injection import MEMORY, FaultInjection, Injection, injecting, kmalloc
 from kernel_model.file import FileDescription, SystemCall
@@ -108,7 +108,7 @@ class Kernel:
         #: Module parameter of iommufd: bind devices whose MSIs are not isolated.
         self.allow_unsafe_interrupts = False
         #: Mappings of device registers: all, and those whose raw stores are looked for.
-        self.mappings: list[ModelMapping] = []
+        self.mappings: list[ModelMapping | MemoryMapping] = []
         self.watched_mappings: list[ModelMapping] = []
         self._users: dict[int, User] = {}
         self._free_mms = list(range(_ADDRESS_SPACES, 0, -1))

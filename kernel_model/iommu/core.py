@@ -22,6 +22,7 @@ from kernel_model.errors import KernelBug, KernelError
 if TYPE_CHECKING:
     from fakedev.pci import PciFunction
     from kernel_model.iommu.io_pgfault import FaultParam, IopfGroup, PageRequest
+    from kernel_model.iommu.viommu import ViommuDriver
     from kernel_model.iommufd.iova_bitmap import IovaBitmap
     from kernel_model.iommufd.user_data import UserData, UserDataArray
 
@@ -210,6 +211,10 @@ class IommuDriver(ABC):
 
     #: Whether `domain_alloc_nested` is there at all (`ops->domain_alloc_nested`).
     has_nested = False
+
+    def viommu_type(self, device: Device, kind: int) -> type[ViommuDriver] | None:
+        """What stands behind a vIOMMU of that type for `device`; None where there are none (`get_viommu_size`)."""
+        return None
 
     @abstractmethod
     def resv_regions(self, device: Device) -> list[ResvRegion]:

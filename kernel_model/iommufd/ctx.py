@@ -14,6 +14,7 @@ from kernel_model.errors import KernelError
 from kernel_model.file import FileDescription, SystemCall
 from kernel_model.ioctl import IoctlEntry, IoctlTable, dispatch
 from kernel_model.iommufd.object import Object, ObjectTable
+from kernel_model.iommufd.published import PublishedMapping, PublishedPages
 from uapi.behaviours import has
 from uapi.iommufd import IOMMUFD_CMD_BASE
 
@@ -45,6 +46,8 @@ class Context(FileDescription):
         self.vfio_ioas: Ioas | None = None
         #: Groups with a bound device of this context, by group.
         self.groups: dict[Any, Any] = {}
+        #: Pages that drivers publish for mmap(2).
+        self.published = PublishedPages()
         #: Doorbell pages of MSIs, by id.
         self.sw_msi: list[SwMsiMap] = []
         self._entries = entries
@@ -60,18 +63,11 @@ class Context(FileDescription):
             return handler(self, call, arg)
         return dispatch(self._entries, call, self, request, arg)
 
-    def mmap(self, call: SystemCall, length: int, offset: int, prot: int, flags: int) -> Any:
-        """Only ranges that a driver published can be mapped, and no driver publishes one yet.
-
-        ENODEV: before 6.17. EINVAL: not MAP_SHARED. EPERM: PROT_EXEC. ENXIO: no such range.
-        """
+    def mmap(self, call: SystemCall, length: int, offset: int, prot: int, flags: int) -> PublishedMapping:
+        """Only what a driver has published can be mapped. ENODEV: before 6.17. Then `PublishedPages.mmap`."""
         if not has(self.kernel.release, "mmap-of-iommufd"):
             raise KernelError(errno.ENODEV, "the file cannot be mapped")
-        if not flags & 1:
-            raise KernelError(errno.EINVAL, "/dev/iommu is mapped MAP_SHARED only")
-        if prot & 4:
-            raise KernelError(errno.EPERM, "/dev/iommu is never executable")
-        raise KernelError(errno.ENXIO, f"nothing is published at offset {offset:#x}")
+        return self.published.mmap(length, offset, prot, flags)
 
     def get(self) -> None:
         """iommufd_ctx_get(): one holder more."""
@@ -82,6 +78,7 @@ class Context(FileDescription):
         self._holders -= 1
         if self._holders == 0:
             self.objects.release_all()
+            self.published.close()
             self.kernel.contexts.discard(self)
 
     def release(self) -> None:

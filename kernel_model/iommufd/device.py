@@ -27,6 +27,7 @@ from uapi.iommufd import (
 
 if TYPE_CHECKING:
     from kernel_model.iommufd.hwpt import Hwpt
+    from kernel_model.iommufd.vdevice import Vdevice
 
 
 class AttachHandle(core.AttachHandle):
@@ -68,13 +69,15 @@ class IommufdGroup:
 class IommufdDevice(Object):
     """`struct iommufd_device`."""
 
-    __slots__ = ("dev", "enforce_cache_coherency", "igroup")
+    __slots__ = ("dev", "enforce_cache_coherency", "igroup", "vdev")
 
     def __init__(self, ctx: Context, dev: core.Device) -> None:
         super().__init__(ctx)
         self.dev = dev
         self.igroup: IommufdGroup | None = None
         self.enforce_cache_coherency = False
+        #: Its place in a vIOMMU, if it has one.
+        self.vdev: Vdevice | None = None
 
     def destroy(self) -> None:
         if self.igroup is None:
@@ -133,7 +136,9 @@ def device_bind(ctx: Context, dev: core.Device) -> IommufdDevice:
 
 
 def device_unbind(idev: IommufdDevice) -> None:
-    """iommufd_device_unbind(): the device must be detached."""
+    """iommufd_device_unbind(): the device must be detached. Its vDEVICE goes with it, and leaves a tombstone."""
+    if idev.vdev is not None:
+        idev.ctx.objects.tombstone_user(idev.vdev)
     idev.ctx.objects.destroy_user(idev)
 
 

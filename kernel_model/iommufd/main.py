@@ -13,7 +13,19 @@ from kernel_model.errors import KernelError
 from kernel_model.fault_injection import injecting, kmalloc
 from kernel_model.file import FileDescription, SystemCall
 from kernel_model.ioctl import UserCommand
-from kernel_model.iommufd import device, dirty, eventq, hwpt_ioctl, ioas, selftest, vfio_compat, viommu
+from kernel_model.iommufd import (
+    device,
+    dirty,
+    eventq,
+    hw_queue,
+    hwpt_ioctl,
+    ioas,
+    selftest,
+    vdevice,
+    veventq,
+    vfio_compat,
+    viommu,
+)
 from kernel_model.iommufd.ctx import ACCOUNT_MM, ACCOUNT_USER, Context, table
 from kernel_model.process import CAP_SYS_RESOURCE
 from uapi.backend import DEV_IOMMU
@@ -35,7 +47,7 @@ if TYPE_CHECKING:
 _VAL64_OFFSET = offsetofend(iommu_option, "val64") - 8
 
 #: The files that put handlers on the table.
-PARTS = (device, dirty, eventq, hwpt_ioctl, ioas, selftest, vfio_compat, viommu)
+PARTS = (device, dirty, eventq, hw_queue, hwpt_ioctl, ioas, selftest, vdevice, veventq, vfio_compat, viommu)
 
 
 def register(kernel: Kernel) -> None:

@@ -114,6 +114,13 @@ class ObjectTable:
             raise KernelBug(f"object {obj.id} is destroyed by its holder with {obj.users - 1} other users")
         self._erase(obj)
 
+    def tombstone_user(self, obj: Object) -> None:
+        """iommufd_object_tombstone_user(): as `destroy_user` for the only holder, but the id stays taken for ever."""
+        if obj.users != 1:
+            raise KernelBug(f"object {obj.id} becomes a tombstone with {obj.users - 1} other users")
+        self._objects[obj.id] = None
+        obj.destroy()
+
     def put_auto(self, obj: Object) -> None:
         """iommufd_object_put_and_try_destroy(): let go, and destroy the object if nobody else holds it."""
         obj.users -= 1

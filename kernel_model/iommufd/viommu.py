@@ -1,89 +1,129 @@
-"""vIOMMUs, vDEVICEs and their queues, after viommu.c of drivers/iommu/iommufd.
+"""Virtual IOMMUs: a slice of a physical IOMMU for a guest, after viommu.c and driver.c of drivers/iommu/iommufd.
 
-The IOMMUs of the model's machines offer none, as a real VT-d does not: here are the argument checks in the kernel's
-order up to the driver's EOPNOTSUPP.
+The driver's half is `iommu.viommu`. A vIOMMU holds a nesting parent; nested HWPTs, vDEVICEs, event queues and hardware
+queues of the guest hold the vIOMMU. Only the mock driver has them: SMMUv3, Tegra241 and AMD are not there, and their
+types are EOPNOTSUPP, as on a kernel without that hardware.
 """
 
 from __future__ import annotations
 
 import errno
+from typing import TYPE_CHECKING
 
-from kernel_model.errors import KernelError
-from kernel_model.interval import U64_MAX
+from kernel_model.errors import KernelBug, KernelError
 from kernel_model.ioctl import UserCommand
+from kernel_model.iommu import core
 from kernel_model.iommufd.ctx import Context, table
 from kernel_model.iommufd.device import IommufdDevice
-from kernel_model.iommufd.hwpt import HwptNested
+from kernel_model.iommufd.hwpt import HwptNested, HwptPaging, nested_hwpt
 from kernel_model.iommufd.object import Object
 from kernel_model.iommufd.user_data import UserData, UserDataArray
 from uapi.iommufd import (
-    IOMMU_HW_QUEUE_ALLOC,
-    IOMMU_HW_QUEUE_TYPE_DEFAULT,
-    IOMMU_VDEVICE_ALLOC,
-    IOMMU_VEVENTQ_ALLOC,
-    IOMMU_VEVENTQ_TYPE_DEFAULT,
+    IOMMU_HWPT_ALLOC_PASID,
+    IOMMU_HWPT_FAULT_ID_VALID,
     IOMMU_VIOMMU_ALLOC,
     IOMMU_VIOMMU_TYPE_DEFAULT,
-    iommu_hw_queue_alloc,
-    iommu_vdevice_alloc,
-    iommu_veventq_alloc,
     iommu_viommu_alloc,
 )
 
-_VEVENTQ_DEPTH_MAX = 1 << 19
+if TYPE_CHECKING:
+    from kernel_model.iommu.viommu import ViommuDriver
+    from kernel_model.iommufd.vdevice import Vdevice
+    from kernel_model.iommufd.veventq import Veventq
+
+_NESTED_FLAGS = IOMMU_HWPT_FAULT_ID_VALID | IOMMU_HWPT_ALLOC_PASID
 
 
 class Viommu(Object):
-    """`struct iommufd_viommu`. No driver makes one."""
+    """`struct iommufd_viommu`."""
 
-    __slots__ = ()
+    __slots__ = ("driver", "hwpt", "iommu", "vdevs", "veventqs")
+
+    def __init__(self, ctx: Context, hwpt: HwptPaging, iommu: core.IommuDriver) -> None:
+        super().__init__(ctx)
+        self.hwpt = hwpt
+        self.iommu = iommu
+        #: None until the driver has said yes.
+        self.driver: ViommuDriver | None = None
+        #: By virtual id.
+        self.vdevs: dict[int, Vdevice] = {}
+        #: By type.
+        self.veventqs: dict[int, Veventq] = {}
+        hwpt.users += 1
+
+    @property
+    def ops(self) -> ViommuDriver:
+        if self.driver is None:
+            raise KernelBug("the vIOMMU is not there yet")
+        return self.driver
+
+    def destroy(self) -> None:
+        if self.driver is not None:
+            self.driver.destroy()
+        self.hwpt.users -= 1
 
     def cache_invalidate(self, array: UserDataArray) -> None:
-        """The driver's `cache_invalidate`. EOPNOTSUPP: it has none."""
-        array.entry_num = 0
-        raise KernelError(errno.EOPNOTSUPP, "the vIOMMU has no cache that a user invalidates")
+        """See `ViommuDriver.cache_invalidate`."""
+        self.ops.cache_invalidate(array)
+
+    # -- what drivers call (driver.c) --------------------------------------------------------------------------------
+
+    def find_dev(self, vdev_id: int) -> core.Device | None:
+        """iommufd_viommu_find_dev(): the device with that virtual id."""
+        vdev = self.vdevs.get(vdev_id)
+        return None if vdev is None else vdev.idev.dev
+
+    def get_vdev_id(self, device: core.Device) -> int:
+        """iommufd_viommu_get_vdev_id(). ENOENT: the device has no vDEVICE here."""
+        for virt_id, vdev in self.vdevs.items():
+            if vdev.idev.dev is device:
+                return virt_id
+        raise KernelError(errno.ENOENT, f"{device.name} has no vDEVICE in the vIOMMU")
+
+    def report_event(self, kind: int, data: bytes) -> None:
+        """iommufd_viommu_report_event(). EOPNOTSUPP: no queue takes such events. ENOMEM: the event is lost."""
+        queue = self.veventqs.get(kind)
+        if queue is None:
+            raise KernelError(errno.EOPNOTSUPP, f"the vIOMMU has no queue for events of type {kind:#x}")
+        queue.report(data)
 
 
 def viommu_alloc_hwpt_nested(viommu: Viommu, idev: IommufdDevice, flags: int, user_data: UserData) -> HwptNested:
-    """iommufd_viommu_alloc_hwpt_nested(). EOPNOTSUPP: the driver has no nested domains for its vIOMMUs."""
-    raise KernelError(errno.EOPNOTSUPP, "the vIOMMU has no nested domains")
+    """The vIOMMU's way in iommufd_hwpt_alloc(): a nested HWPT; not yet visible.
+
+    EINVAL: the device is behind another IOMMU. EOPNOTSUPP: flags, or no data. Then the driver's errnos.
+    """
+    if idev.dev.iommu is not viommu.iommu:
+        raise KernelError(errno.EINVAL, f"device {idev.id} is not behind the vIOMMU's IOMMU")
+    if flags & ~_NESTED_FLAGS or not user_data.length:
+        raise KernelError(errno.EOPNOTSUPP, f"flags {flags:#x} with {user_data.length} bytes of data")
+    ops = viommu.ops
+    return nested_hwpt(viommu.ctx, viommu.hwpt, viommu, flags, lambda rest: ops.alloc_domain_nested(rest, user_data))
 
 
 @table.handles(IOMMU_VIOMMU_ALLOC)
 def viommu_alloc(ucmd: UserCommand[Context, iommu_viommu_alloc]) -> None:
-    """EOPNOTSUPP: flags or no type. ENOENT: device. EOPNOTSUPP: its IOMMU has no vIOMMUs."""
-    cmd = ucmd.cmd
+    """EOPNOTSUPP: flags or no type. ENOENT: device. EOPNOTSUPP: its IOMMU has no vIOMMUs of that type. ENOENT: HWPT.
+    EINVAL: the HWPT was not made for nesting. Then the driver's errnos. EFAULT: the reply; then there is no vIOMMU."""
+    cmd, ctx = ucmd.cmd, ucmd.ctx
     if cmd.flags or cmd.type == IOMMU_VIOMMU_TYPE_DEFAULT:
         raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x}, type {cmd.type}")
-    ucmd.ctx.objects.get(cmd.dev_id, IommufdDevice)
-    raise KernelError(errno.EOPNOTSUPP, "the device's IOMMU has no vIOMMUs")
-
-
-@table.handles(IOMMU_VDEVICE_ALLOC)
-def vdevice_alloc(ucmd: UserCommand[Context, iommu_vdevice_alloc]) -> None:
-    """ENOENT: no such vIOMMU."""
-    ucmd.ctx.objects.get(ucmd.cmd.viommu_id, Viommu)
-
-
-@table.handles(IOMMU_VEVENTQ_ALLOC)
-def veventq_alloc(ucmd: UserCommand[Context, iommu_veventq_alloc]) -> None:
-    """EOPNOTSUPP: flags, reserved bits or no type. EINVAL: a depth of 0 or above 2^19. ENOENT: no such vIOMMU."""
-    cmd = ucmd.cmd
-    if cmd.flags or cmd.__reserved or cmd.type == IOMMU_VEVENTQ_TYPE_DEFAULT:
-        raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x}, type {cmd.type}, or __reserved")
-    if not 0 < cmd.veventq_depth <= _VEVENTQ_DEPTH_MAX:
-        raise KernelError(errno.EINVAL, f"a queue of {cmd.veventq_depth} events")
-    ucmd.ctx.objects.get(cmd.viommu_id, Viommu)
-
-
-@table.handles(IOMMU_HW_QUEUE_ALLOC)
-def hw_queue_alloc(ucmd: UserCommand[Context, iommu_hw_queue_alloc]) -> None:
-    """EOPNOTSUPP: flags or no type. EINVAL: length 0. EOVERFLOW: the range wraps. ENOENT: no such vIOMMU."""
-    cmd = ucmd.cmd
-    if cmd.flags or cmd.type == IOMMU_HW_QUEUE_TYPE_DEFAULT:
-        raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x}, type {cmd.type}")
-    if not cmd.length:
-        raise KernelError(errno.EINVAL, "length is zero")
-    if cmd.nesting_parent_iova + cmd.length - 1 > U64_MAX:
-        raise KernelError(errno.EOVERFLOW, f"{cmd.nesting_parent_iova:#x} + {cmd.length:#x} wraps")
-    ucmd.ctx.objects.get(cmd.viommu_id, Viommu)
+    dev = ctx.objects.get(cmd.dev_id, IommufdDevice).dev
+    iommu = dev.iommu
+    make = None if iommu is None else iommu.viommu_type(dev, cmd.type)
+    if iommu is None or make is None:
+        raise KernelError(errno.EOPNOTSUPP, f"the device's IOMMU has no vIOMMUs of type {cmd.type:#x}")
+    parent = ctx.objects.get(cmd.hwpt_id, HwptPaging)
+    if not parent.nest_parent:
+        raise KernelError(errno.EINVAL, f"HWPT {parent.id} is no parent for nesting")
+    viommu = Viommu(ctx, parent, iommu)
+    try:
+        assert parent.domain is not None
+        data = UserData(ucmd.call, cmd.type, cmd.data_uptr, cmd.data_len) if cmd.data_len else None
+        viommu.driver = make(viommu, parent.domain, data)
+        cmd.out_viommu_id = viommu.id
+        ucmd.respond()
+    except KernelError:
+        ctx.objects.abort(viommu)
+        raise
+    ctx.objects.finalize(viommu)

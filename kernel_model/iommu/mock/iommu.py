@@ -1,6 +1,6 @@
 """The mock IOMMU driver, after drivers/iommu/iommufd/selftest.c at 7.3; its domains and devices are in `domain`.
 
-Left out: vIOMMUs, I/O page faults, sysfs of the groups and of the IOMMU.
+Left out: sysfs of the groups and of the IOMMU.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from kernel_model.iommu.core import (
 from kernel_model.iommu.mock.array import MockArrayDomain
 from kernel_model.iommu.mock.domain import MockBlockingDomain, MockDevice, MockPagingDomain
 from kernel_model.iommu.mock.nested import MockNestedDomain
+from kernel_model.iommu.mock.viommu import MockViommu
 from uapi.behaviours import has
 from uapi.iommufd import (
     IOMMU_HW_INFO_TYPE_DEFAULT,
@@ -35,6 +36,7 @@ from uapi.iommufd_test import (
     IOMMU_HW_INFO_SELFTEST_REGVAL,
     IOMMU_HW_INFO_TYPE_SELFTEST,
     IOMMU_HWPT_DATA_SELFTEST,
+    IOMMU_VIOMMU_TYPE_SELFTEST,
     MOCK_FLAGS_DEVICE_HUGE_IOVA,
     MOCK_FLAGS_DEVICE_PASID,
     MOCK_IOMMUPT_DEFAULT,
@@ -145,6 +147,10 @@ class MockIommu(IommuDriver):
         return MockNestedDomain.alloc(self, user_data)
 
     has_nested = True
+
+    def viommu_type(self, device: Device, kind: int) -> type[MockViommu] | None:
+        return MockViommu if kind == IOMMU_VIOMMU_TYPE_SELFTEST else None
+
     user_pasid_table = True
 
     def page_response(self, device: Device, fault: PageRequest, code: int) -> None:

@@ -4,6 +4,6 @@ The mock driver itself is in `iommu.mock`. Importing this package puts the opera
 kernel is one with CONFIG_IOMMUFD_TEST on every machine.
 """
 
-from kernel_model.iommufd.selftest import accesses, checks, devices, dirty, dmabuf, faults, iotlb, pasid
+from kernel_model.iommufd.selftest import accesses, checks, devices, dirty, dmabuf, faults, iotlb, pasid, viommu
 
-__all__ = ["accesses", "checks", "devices", "dirty", "dmabuf", "faults", "iotlb", "pasid"]
+__all__ = ["accesses", "checks", "devices", "dirty", "dmabuf", "faults", "iotlb", "pasid", "viommu"]
