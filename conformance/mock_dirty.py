@@ -45,12 +45,18 @@ def set_tracking(iommu: File, hwpt: int, on: bool = True) -> None:
     IOMMU_HWPT_SET_DIRTY_TRACKING(iommu, hwpt_id=hwpt, flags=flags)
 
 
-def make_dirty(iommu: File, hwpt: int, iova: int, bits: int, count: int, page: int = PAGE) -> int:
-    """DIRTY: a device writes to the page at iova + i * `page` for each bit i; how many the kernel counted."""
-    data = bits.to_bytes((count + 7) // 8, "little")
+def make_dirty(iommu: File, hwpt: int, iova: int, bits: int, count: int, page: int | None = None) -> int:
+    """DIRTY: a device writes to the page at iova + i * `page` for each bit i; how many the kernel counted.
+
+    Without a `page` they are of 4 KiB and the device writes to both halves: before 6.19 DIRTY understood pages of 2 KiB
+    only, and those were the leaves.
+    """
+    halves = 2 if page is None else 1
+    data = spread(bits, halves).to_bytes((count * halves + 7) // 8, "little")
     assert len(data) <= 16 * PAGE
     _BITS.write(_BITS.address, data)
-    return dirty_at(iommu, hwpt, iova, count * page, page, _BITS.address)
+    step = page or PAGE // halves
+    return dirty_at(iommu, hwpt, iova, count * halves * step, step, _BITS.address) // halves
 
 
 def dirty_at(iommu: File, hwpt: int, iova: int, length: int, page_size: int, uptr: int) -> int:
