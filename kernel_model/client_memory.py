@@ -28,6 +28,7 @@ class ClientBuffer(AnonymousBuffer):
         super().__init__(max(length, HUGE_PAGE) if huge else length)
         pages = (length + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
         self.end = self.address + pages
+        self.huge = huge
         self.pins = 0
         skip = self.address - ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         #: The buffer's whole pages, for the model.

@@ -67,7 +67,7 @@ class _IoVec(ctypes.Structure):
 class Vma:
     """One line of /proc/PID/maps."""
 
-    __slots__ = ("device", "end", "exec", "inode", "offset", "read", "shared", "start", "write")
+    __slots__ = ("device", "end", "exec", "huge", "inode", "offset", "read", "shared", "start", "write")
 
     def __init__(self, start: int, end: int, perms: str, offset: int, device: tuple[int, int], inode: int) -> None:
         self.start = start
@@ -79,6 +79,8 @@ class Vma:
         self.offset = offset
         self.device = device
         self.inode = inode
+        #: Whether its pages are those of hugetlbfs.
+        self.huge = False
 
 
 class Mm:
@@ -157,6 +159,7 @@ class Mm:
                     break
                 major, minor = (int(part, 16) for part in device.split(":"))
                 found.append(Vma(low, high, perms, int(offset, 16), (major, minor), int(inode)))
+                found[-1].huge = "/anon_hugepage" in line  # a file of hugetlbfs is not known by its name
         return found
 
     def _query(self, start: int, end: int) -> list[Vma]:
@@ -170,11 +173,12 @@ class Mm:
                 fcntl.ioctl(self._maps_fd, _PROCMAP_QUERY, block)
             except FileNotFoundError:
                 break
-            _, _, _, low, high, flags, _, offset, inode, device, *_ = _PROCMAP_STRUCT.unpack(block)
+            _, _, _, low, high, flags, page, offset, inode, device, *_ = _PROCMAP_STRUCT.unpack(block)
             if low >= end:
                 break
             perms = "".join(letter if flags & 1 << bit else "-" for bit, letter in enumerate("rwxs"))
             found.append(Vma(low, high, perms, offset, (device & 0xFFFFFFFF, device >> 32), inode))
+            found[-1].huge = page > PAGE_SIZE
             address = high
         return found
 

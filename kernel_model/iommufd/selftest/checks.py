@@ -1,14 +1,17 @@
 """Operations that look behind the scenes, after drivers/iommu/iommufd/selftest.c.
 
-Left out: MD_CHECK_REFS counts every page, also those of huge pages, which the kernel passes over. SET_TEMP_MEMORY_LIMIT
-says no more than how often a pin can fail: there are no batches.
+MD_CHECK_REFS passes over compound pages as the kernel does. To the model these are pages of hugetlbfs: whether the host
+made a transparent huge page of ordinary memory does not change an answer. Left out: SET_TEMP_MEMORY_LIMIT says no more
+than how often a pin can fail: there are no batches.
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 
 from kernel_model.errors import KernelError
+from kernel_model.file import SystemCall
 from kernel_model.interval import U64_MAX
 from kernel_model.iommu.core import IOMMU_DOMAIN_UNMANAGED
 from kernel_model.iommu.mock.domain import MockDevice
@@ -66,7 +69,7 @@ def _md_check_map(ucmd: TestCommand) -> None:
 
 @operation("IOMMU_TEST_OP_MD_CHECK_REFS")
 def _md_check_refs(ucmd: TestCommand) -> None:
-    """EINVAL: off the page, or a wrap. EFAULT. EIO: a page is not pinned `refs` times."""
+    """EINVAL: off the page, or a wrap. EFAULT. EIO: a page outside huge ones is not pinned `refs` times."""
     check = ucmd.cmd.check_refs
     address, length = check.uptr, check.length
     if (address | length) & PAGE_MASK or address + length > U64_MAX:
@@ -77,10 +80,24 @@ def _md_check_refs(ucmd: TestCommand) -> None:
         for pages in {area.pages for ioas in context.objects.each(Ioas) for area in ioas.iopt.areas.values()}
         for run in pages.pinned_runs
     ]
-    for page in callers_pages(ucmd.call, address, length >> PAGE_SHIFT):
+    compound = list(_compound(ucmd.call, address, length))
+    for index, page in enumerate(callers_pages(ucmd.call, address, length >> PAGE_SHIFT)):
+        where = address + (index << PAGE_SHIFT)
+        if any(start <= where < end for start, end in compound):
+            continue
         refs = sum(start <= page < start + (npages << PAGE_SHIFT) for start, npages in pinned)
         if refs != check.refs:
             raise KernelError(errno.EIO, f"the page at {page:#x} is pinned {refs} times")
+
+
+def _compound(call: SystemCall, address: int, length: int) -> Iterator[tuple[int, int]]:
+    """The parts of the caller's range, as [start, end), that are made of huge pages."""
+    mm = call.process.mm
+    buffer = mm.buffers.find(address, length) if mm.buffers is not None else None
+    if buffer is not None and buffer.huge:
+        yield address, address + length
+    else:
+        yield from ((vma.start, vma.end) for vma in mm.vmas(address, address + length) if vma.huge)
 
 
 @operation("IOMMU_TEST_OP_DEV_CHECK_CACHE")
