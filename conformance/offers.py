@@ -31,16 +31,22 @@ def sysfs(backend: Backend, path: str) -> str:
         return file.read(4096).decode().strip()
 
 
-def find_edu(backend: Backend) -> str | None:
-    """The PCI address of the first `edu` device, e.g. "0000:00:10.0"."""
+def find_edus(backend: Backend) -> list[str]:
+    """The PCI addresses of the `edu` devices, in order."""
+    found = []
     try:
         for name in sorted(backend.listdir(PCI_DEVICES)):
             ids = tuple(sysfs(backend, f"{PCI_DEVICES}/{name}/{attribute}") for attribute in ("vendor", "device"))
             if ids == EDU:
-                return name
+                found.append(name)
     except OSError:
-        return None
-    return None
+        return []
+    return found
+
+
+def find_edu(backend: Backend) -> str | None:
+    """The PCI address of the first `edu` device, e.g. "0000:00:10.0"."""
+    return next(iter(find_edus(backend)), None)
 
 
 def _iommu(backend: Backend) -> str | None:
@@ -110,6 +116,13 @@ def _vfio_cdev(backend: Backend) -> str | None:
     return None
 
 
+def _edu_pair(backend: Backend) -> str | None:
+    if (missing := _vfio_cdev(backend)) is not None:
+        return missing
+    groups = [backend.readlink(f"{PCI_DEVICES}/{address}/iommu_group") for address in find_edus(backend)[:2]]
+    return None if len(groups) == 2 and groups[0] == groups[1] else "no two edu functions in one IOMMU group"
+
+
 def _huge_pages(backend: Backend) -> str | None:
     try:
         backend.buffer(HUGE_PAGE, huge=True).close()
@@ -136,6 +149,7 @@ PROBES: dict[str, Callable[[Backend], str | None]] = {
     "dmabuf_fd": _dmabuf_fd,
     "dma_device": _dma_device,
     "vfio_cdev": _vfio_cdev,
+    "edu_pair": _edu_pair,
     "huge_pages": _huge_pages,
     "memfd": _memfd,
 }

@@ -51,12 +51,15 @@ class EduBar(Bar):
 class Edu(PciFunction):
     """The function. `buffer` is the device's own memory, which the processor cannot see."""
 
-    def __init__(self, address: str, bar_address: int = 0, interrupt_line: int = 0, command: int = 0) -> None:
+    def __init__(
+        self, address: str, bar_address: int = 0, interrupt_line: int = 0, command: int = 0, header_type: int = 0
+    ) -> None:
         super().__init__(
             address,
             (0x1234, 0x11E8),
             0x00FF00,
             revision=0x10,
+            header_type=header_type,
             subsystem=(0x1AF4, 0x1100),
             bars=[EduBar(self)],
             addresses=[bar_address],

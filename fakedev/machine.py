@@ -3,7 +3,8 @@
 `machine(name)` builds one of `MACHINES`. `q35-vtd-legacy` has the functions of the virtual machine that the suite runs
 real kernels in (`iommulab conformance --on vm`: QEMU's q35 with `intel-iommu,x-scalable-mode=off` and `edu`), at the
 same addresses with the same ids and BARs, as Linux sees them; only `edu` does anything, the others are there so that
-IOMMU groups have the same numbers. `bare` is memory and nothing else; so is `mock`, the machine for the kernel's mock
+IOMMU groups have the same numbers. `q35-vtd-multifunction` is the same with two functions of `edu` in one slot, which
+makes them one IOMMU group. `bare` is memory and nothing else; so is `mock`, the machine for the kernel's mock
 IOMMU driver, whose devices are made by its clients.
 """
 
@@ -148,7 +149,19 @@ def _mock() -> Machine:
 
 
 def _q35_vtd_legacy() -> Machine:
-    box = Machine("q35-vtd-legacy")
+    return _q35_vtd(
+        "q35-vtd-legacy", [Edu("0000:00:10.0", bar_address=0xFEA0_0000, interrupt_line=10, command=0x103)]
+    )
+
+
+def _q35_vtd_multifunction() -> Machine:
+    settings = {"interrupt_line": 10, "command": 0x103}
+    first = Edu("0000:00:10.0", bar_address=0xFE90_0000, header_type=PCI_MULTIFUNCTION, **settings)
+    return _q35_vtd("q35-vtd-multifunction", [first, Edu("0000:00:10.1", bar_address=0xFEA0_0000, **settings)])
+
+
+def _q35_vtd(name: str, edus: list[Edu]) -> Machine:
+    box = Machine(name)
     unit = box.add_vtd()
     qemu = (0x1AF4, 0x1100)
     functions = [
@@ -165,7 +178,7 @@ def _q35_vtd_legacy() -> Machine:
         ),
         _virtio(3, 0x1003, 0x078000, 11),
         *(_virtio(slot, 0x1003, 0x078000, 11 if slot in (6, 7) else 10) for slot in range(4, 9)),
-        Edu("0000:00:10.0", bar_address=0xFEA0_0000, interrupt_line=10, command=0x103),
+        *edus,
         PciFunction(
             "0000:00:1f.0",
             (0x8086, 0x2918),
@@ -208,7 +221,12 @@ def _q35_vtd_legacy() -> Machine:
 
 
 #: Machines by name.
-MACHINES: dict[str, Callable[[], Machine]] = {"bare": _bare, "mock": _mock, "q35-vtd-legacy": _q35_vtd_legacy}
+MACHINES: dict[str, Callable[[], Machine]] = {
+    "bare": _bare,
+    "mock": _mock,
+    "q35-vtd-legacy": _q35_vtd_legacy,
+    "q35-vtd-multifunction": _q35_vtd_multifunction,
+}
 
 
 def machine(name: str) -> Machine:

@@ -44,6 +44,13 @@ MACHINES = {
         "-device intel-iommu,intremap=on,caching-mode=on,{scalable}=off,aw-bits=48 "
         "-device edu,addr=0x10,dma_mask=0xffffffffffffffff"
     ),
+    # Two functions that no access control keeps apart: one IOMMU group.
+    "q35-vtd-multifunction": (
+        "-machine q35,kernel-irqchip=split "
+        "-device intel-iommu,intremap=on,caching-mode=on,{scalable}=off,aw-bits=48 "
+        "-device edu,addr=0x10.0,multifunction=on,dma_mask=0xffffffffffffffff "
+        "-device edu,addr=0x10.1,dma_mask=0xffffffffffffffff"
+    ),
     # No IOMMU: before 6.17 the kernel's mock driver has no devices beside a real one.
     "mock": "-machine q35",
 }

@@ -86,7 +86,8 @@ def attach_drivers(kernel: Kernel) -> list[Device]:
 
 def _group_of_slot(devices: list[Device], function: PciFunction) -> Group | None:
     """get_pci_function_alias_group(): the group of another function of the same multifunction device."""
-    if not function.config[PCI_HEADER_TYPE] & PCI_MULTIFUNCTION:
+    # Only the first function need say that there are more.
+    if not function.config[PCI_HEADER_TYPE] & PCI_MULTIFUNCTION and not function.rid & 7:
         return None
     for device in devices:
         if device.pci is not None and device.pci.rid >> 3 == function.rid >> 3 and device.group is not None:
