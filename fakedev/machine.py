@@ -149,9 +149,7 @@ def _mock() -> Machine:
 
 
 def _q35_vtd_legacy() -> Machine:
-    return _q35_vtd(
-        "q35-vtd-legacy", [Edu("0000:00:10.0", bar_address=0xFEA0_0000, interrupt_line=10, command=0x103)]
-    )
+    return _q35_vtd("q35-vtd-legacy", [Edu("0000:00:10.0", bar_address=0xFEA0_0000, interrupt_line=10, command=0x103)])
 
 
 def _q35_vtd_multifunction() -> Machine:
