@@ -6,10 +6,13 @@ Like `conformance.steps`, nothing is checked here: an errno reaches the test as 
 from __future__ import annotations
 
 import os
+import struct
 from typing import Any, NamedTuple
 
+from conformance.steps import hwpt_alloc, place
 from uapi import iommufd_test as abi
-from uapi.backend import File
+from uapi.backend import Backend, File
+from uapi.iommufd import IOMMU_FAULT_QUEUE_ALLOC, IOMMU_HWPT_ALLOC_NEST_PARENT
 from uapi.iommufd_test import IOMMU_TEST_CMD, iommu_test_cmd
 
 #: What the default mock domain translates, inclusive, and its smallest page.
@@ -124,3 +127,70 @@ def dmabuf_get(iommu: File, length: int, open_flags: int = os.O_RDWR | os.O_CLOE
 def dmabuf_revoke(iommu: File, fd: int, revoked: int = 1) -> None:
     """DMABUF_REVOKE: the buffer's memory is taken from (or, for new mappings, given back to) everybody."""
     run(iommu, abi.IOMMU_TEST_OP_DMABUF_REVOKE, 0, "dmabuf_revoke", dmabuf_fd=fd, revoked=revoked)
+
+
+# -- nested HWPTs -----------------------------------------------------------------------------------------------------
+
+IOTLB_DEFAULT = abi.IOMMU_TEST_IOTLB_DEFAULT
+NESTED_DATA = abi.IOMMU_HWPT_DATA_SELFTEST
+INVALIDATION = abi.IOMMU_HWPT_INVALIDATE_DATA_SELFTEST
+
+
+def nest_parent(iommu: File, idev: int, ioas: int, flags: int = 0) -> int:
+    """HWPT_ALLOC of a paging HWPT that nested ones can be put on; its id."""
+    return hwpt_alloc(iommu, idev, ioas, IOMMU_HWPT_ALLOC_NEST_PARENT | flags)
+
+
+def nested_alloc(iommu: File, idev: int, parent: int, flags: int = 0, iotlb: int = IOTLB_DEFAULT, **fields: int) -> int:
+    """HWPT_ALLOC of a nested HWPT with the mock's data, `iotlb` in each word; its id."""
+    data = place(iotlb.to_bytes(4, "little"))
+    return hwpt_alloc(iommu, idev, parent, flags, data_type=NESTED_DATA, data_len=4, data_uptr=data, **fields)
+
+
+def check_iotlb(iommu: File, hwpt: int, *words: int, start: int = 0) -> None:
+    """MD_CHECK_IOTLB: these are the words of a nested HWPT, from `start` on."""
+    for index, word in enumerate(words, start):
+        run(iommu, abi.IOMMU_TEST_OP_MD_CHECK_IOTLB, hwpt, "check_iotlb", id=index, iotlb=word)
+
+
+# -- page requests ----------------------------------------------------------------------------------------------------
+
+
+class PageFault(NamedTuple):
+    """A message of a fault queue: iommu_hwpt_pgfault."""
+
+    flags: int
+    dev_id: int
+    pasid: int
+    grpid: int
+    perm: int
+    addr: int
+    length: int
+    cookie: int
+
+
+def trigger_iopf(iommu: File, idev: int, pasid: int = 0, grpid: int = 0x2A, perm: int = 3, addr: int = 0x1000) -> None:
+    """TRIGGER_IOPF: the device asks for one page; who hears of it, if anybody, does not show here."""
+    op = abi.IOMMU_TEST_OP_TRIGGER_IOPF
+    run(iommu, op, 0, "trigger_iopf", dev_id=idev, pasid=pasid, grpid=grpid, perm=perm, addr=addr)
+
+
+def fault_queue(kernel: Backend, iommu: File) -> tuple[int, File]:
+    """FAULT_QUEUE_ALLOC; the id and the file."""
+    reply = IOMMU_FAULT_QUEUE_ALLOC(iommu)
+    return reply.out_fault_id, kernel.adopt(reply.out_fault_fd)
+
+
+def page_faults(data: bytes) -> list[PageFault]:
+    """What was read from a fault queue."""
+    return [PageFault(*fields) for fields in struct.iter_unpack("<5I4xQ2I", data)]
+
+
+def read_faults(queue: File, room: int = 16) -> list[PageFault]:
+    """read(2) of a fault queue with room for so many messages."""
+    return page_faults(queue.read(40 * room))
+
+
+def answer_faults(queue: File, *cookies: int, code: int = 0) -> int:
+    """write(2) of a response for each cookie; the bytes taken."""
+    return queue.write(b"".join(struct.pack("<II", cookie, code) for cookie in cookies))
