@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": "compare",
     "kernel": "kernel_build",
     "uapi": "uapi_cli",
+    "versions": "versions",
     "bench": "bench",
     "coverage": "coverage",
     "doctor": "doctor",

@@ -40,6 +40,11 @@ def operation(*names: str) -> Callable[[Operation], Operation]:
     return register
 
 
+def served() -> frozenset[str]:
+    """The names of all operations that the model has."""
+    return frozenset(name for name, _ in _OPERATIONS.values())
+
+
 @table.handles(IOMMU_TEST_CMD)
 def test(ucmd: TestCommand) -> int | None:
     """EOPNOTSUPP: an operation that the release does not have. Otherwise see the operations."""
