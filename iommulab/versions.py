@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +22,7 @@ from conformance.offers import number
 from iommulab.errors import UserError
 from iommulab.results import RECORDED, Results, Test, load
 from iommulab.terminal import console as make_console
-from kernel_model.iommufd.main import table as iommufd_table
+from kernel_model.iommufd.ctx import table as iommufd_table
 from kernel_model.iommufd.selftest.operations import served
 from uapi import behaviours, iommufd_test, registry
 from uapi.behaviours import BY_ID, EVIDENCE, TABLE, Behaviour
@@ -32,6 +33,8 @@ from uapi.version import MAINLINE, NEWEST, includes, parse
 
 #: The columns of `--coverage`: every release with an iommufd.
 RELEASES = tuple(release for release in MAINLINE if release != OLDEST)
+#: Loads the files whose handlers make up the table.
+import_module("kernel_model.iommufd.main")
 _TEST_CMD = "IOMMU_TEST_CMD"
 _OPERATION = "IOMMU_TEST_OP_"
 _WIDE = 200

@@ -15,7 +15,7 @@ from kernel_model.iommufd.ctx import Context, ctx_from_fd
 from kernel_model.vfio.device import VfioDevice
 from kernel_model.vfio.feature import device_feature
 from uapi.cstruct import offsetofend
-from uapi.version import includes
+from uapi.behaviours import has
 from uapi.vfio import (
     VFIO_DEVICE_ATTACH_IOMMUFD_PT,
     VFIO_DEVICE_ATTACH_PASID,
@@ -60,9 +60,8 @@ class VfioDeviceFile(FileDescription):
         self._position = 0
         self._holders = 1
         release = device.kernel.release
-        #: The token in BIND and the PASIDs in ATTACH and DETACH came with releases.
-        self._bind_copies_struct = includes(release, "6.17")
-        self._has_pasids = includes(release, "6.15")
+        self._bind_copies_struct = has(release, "bind-copies-struct")
+        self._has_pasids = has(release, "attach-pasid")
 
     # -- file operations ---------------------------------------------------------------------------------------------
 

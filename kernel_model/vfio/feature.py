@@ -12,7 +12,7 @@ import errno
 from kernel_model.errors import KernelError
 from kernel_model.file import SystemCall
 from kernel_model.vfio.device import VfioDevice
-from uapi.version import includes
+from uapi.behaviours import has
 from uapi.vfio import (
     VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT,
     VFIO_DEVICE_FEATURE_DMA_LOGGING_START,
@@ -55,7 +55,7 @@ def device_feature(device: VfioDevice, call: SystemCall, arg: int) -> int:
     if feature in _MIGRATION:
         raise KernelError(errno.ENOTTY, "the driver cannot migrate the device")
     # Asked of the migration flags, not of the operations: so a device that cannot migrate has it and refuses it.
-    if feature == VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2 and includes(device.kernel.release, "7.2"):
+    if feature == VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2 and has(device.kernel.release, "precopy-info-v2"):
         raise KernelError(errno.EINVAL, "the driver has no PRE_COPY")
     return device.device_feature(call, flags, arg + _MINIMUM, argsz - _MINIMUM)
 

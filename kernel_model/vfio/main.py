@@ -28,7 +28,7 @@ from kernel_model.iommu.core import IOMMU_CAP_CACHE_COHERENCY, RESV_TYPE_NAMES, 
 from kernel_model.vfio.cdev import VfioDeviceFile
 from kernel_model.vfio.device import VfioDevice
 from kernel_model.vfio.pci import VfioPciDevice
-from uapi.version import includes
+from uapi.behaviours import has
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -208,5 +208,5 @@ def _resources(function: PciFunction) -> str:
 
 def register(kernel: Kernel) -> None:
     """Publish the PCI bus and vfio-pci. The character devices came with 6.6: before, nothing of VFIO is there."""
-    if includes(kernel.release, "6.6"):
+    if has(kernel.release, "vfio-cdev"):
         VfioPciDriver(kernel).publish()

@@ -17,7 +17,7 @@ from kernel_model.errors import KernelError
 from kernel_model.file import SystemCall
 from kernel_model.irq import pci_intx
 from kernel_model.vfio.eventfd import EventFd, VirqFd, eventfd_ctx_fdget
-from uapi.version import includes
+from uapi.behaviours import has
 from uapi.vfio import (
     VFIO_IRQ_SET_ACTION_MASK,
     VFIO_IRQ_SET_ACTION_TRIGGER,
@@ -61,10 +61,10 @@ class PciInterrupts:
         #: Who is signalled by each MSI vector, by the error and by the request signal.
         self._vectors: dict[int, EventFd] = {}
         self._single: dict[int, EventFd] = {}
-        #: No endpoint of the model is PCI Express; 6.12 had no error signal for such, 7.3 has. UNVERIFIED: in between.
-        self.has_error_signal = includes(device.kernel.release, "7.3")
-        #: Before 6.9 a descriptor below 0 did not turn INTx on.
-        self._intx_without_trigger = includes(device.kernel.release, "6.9")
+        #: No endpoint of the model is PCI Express.
+        self.has_error_signal = has(device.kernel.release, "error-irq-everywhere")
+        #: A descriptor below 0 turns INTx on.
+        self._intx_without_trigger = has(device.kernel.release, "intx-without-trigger")
 
     def count(self, index: int) -> int:
         """vfio_pci_get_irq_count(): how many vectors an index has."""

@@ -19,7 +19,7 @@ from kernel_model.errors import KernelError
 from kernel_model.file import SystemCall
 from kernel_model.vfio.eventfd import VirqFd
 from uapi.backend import MAP_SHARED
-from uapi.version import includes
+from uapi.behaviours import has
 from uapi.vfio import VFIO_PCI_BAR5_REGION_INDEX, VFIO_PCI_NUM_REGIONS
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ class BarRegions:
         self._device = device
         self._bars = device.function.bars
         self._ioeventfds: dict[tuple[int, int, int, int], IoEventFd] = {}
-        #: Loads and stores of 8 bytes came with 6.10.
-        self._widths = (8, 4, 2, 1) if includes(device.kernel.release, "6.10") else (4, 2, 1)
+        self._widths = (8, 4, 2, 1) if has(device.kernel.release, "bar-access-64-bits") else (4, 2, 1)
 
     @property
     def memory_enabled(self) -> bool:
