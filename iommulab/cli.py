@@ -15,6 +15,7 @@ COMMANDS = {
     "run": "run",
     "selftest": "kselftest",
     "compare": "compare",
+    "fuzz": "fuzz.cli",
     "kernel": "kernel_build",
     "uapi": "uapi_cli",
     "versions": "versions",

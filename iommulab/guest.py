@@ -169,15 +169,17 @@ class Guest:
         """ "kvm" or "tcg"."""
         return "kvm" if self._kvm else "tcg"
 
-    def start(self, command: str, events: Path, output: Path, console: Path) -> subprocess.Popen[bytes]:
-        """Boot, run the shell command and power off. What it prints goes to `output`."""
+    def start(
+        self, command: str, events: Path, output: Path, console: Path, more_options: str = ""
+    ) -> subprocess.Popen[bytes]:
+        """Boot, run the shell command and power off. What it prints goes to `output`; QEMU gets `more_options`, too."""
         script = self._directory / "guest.sh"
         script.write_text(self._script(command))
         options = (
             f"{self._options} -device virtio-serial-pci,id=iommulab "
             f"-chardev file,id=events,path={events},append=on "
-            f"-device virtserialport,bus=iommulab.0,chardev=events,name={PORT}"
-        )
+            f"-device virtserialport,bus=iommulab.0,chardev=events,name={PORT} {more_options}"
+        ).rstrip()
         boot = [self._vng, "--run", str(self.image.path), "--memory", MEMORY, "--cpus", "1", "--verbose"]
         boot += [] if self._kvm else ["--disable-kvm"]
         boot += ["--cwd", "/", "--qemu", self.qemu.path]

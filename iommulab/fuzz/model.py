@@ -1,0 +1,110 @@
+"""The model's side of a fuzzing run: a kernel model behind the executor, booted anew where it broke."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from dataclasses import dataclass
+
+from iommulab.fuzz.executor import POLL_EVENTS, Answer, Executor
+from iommulab.fuzz.program import Compiled, Program
+from kernel_model.door import ModelFile
+from kernel_model.kernel import Kernel
+from uapi.backend import DEV_IOMMU
+
+
+class ModelDoor:
+    """A kernel model in this process, by its descriptors. Exceptions other than OSError come through."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        #: The model's own words for its refusals, in order; "" where a call succeeded.
+        self.why: list[str] = []
+
+    def open(self) -> int:
+        return self.kernel.open(DEV_IOMMU).fileno()
+
+    def _file(self, fd: int) -> ModelFile:
+        return ModelFile(self.kernel, fd, "")
+
+    def ioctl(self, fd: int, request: int, address: int) -> int:
+        try:
+            result = self._file(fd).ioctl(request, address)
+        except OSError as error:
+            self.why.append(str(error))
+            return -(error.errno or 0)
+        self.why.append("")
+        return result
+
+    def read(self, fd: int, count: int) -> bytes | int:
+        try:
+            return self._file(fd).read(count)
+        except OSError as error:
+            return -(error.errno or 0)
+
+    def write(self, fd: int, data: bytes) -> int:
+        try:
+            return self._file(fd).write(data)
+        except OSError as error:
+            return -(error.errno or 0)
+
+    def poll(self, fd: int) -> int:
+        return self._file(fd).poll(POLL_EVENTS)
+
+    def close(self, fd: int) -> int:
+        os.close(fd)
+        with self.kernel.entered():  # the last close takes effect now, as close(2) returns
+            pass
+        return 0
+
+    def pinned(self) -> int:
+        return self.kernel.status("VmPin")
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The model raised what no client may see: the exception, and its traceback."""
+
+    error: str
+    trace: str
+
+
+class ModelSide:
+    """Runs programs on the model of a release. Context manager."""
+
+    def __init__(self, version: str) -> None:
+        self._version = version
+        self._boot()
+
+    def _boot(self) -> None:
+        self._door = ModelDoor(Kernel("mock", self._version))
+        self._executor = Executor(self._door)
+
+    def run(self, program: Program, compiled: Compiled) -> Answer | Broken:
+        """The model's answer."""
+        self._door.why.clear()
+        try:
+            return self._executor.run(compiled.image, compiled.steps, program.main_first)
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{os.path.basename(last.filename)}:{last.name}"
+            broken = Broken(f"{type(error).__name__} in {where}: {error}", traceback.format_exc())
+            self._executor.abandon()
+            self._door.kernel.close()
+            self._boot()
+            return broken
+
+    def reasons(self, program: Program) -> list[str]:
+        """The model's words for each ioctl of the program that was run last, "" where it succeeded."""
+        told = iter(self._door.why)
+        return [next(told, "") if call.is_ioctl else "" for call in program.calls]
+
+    def close(self) -> None:
+        self._executor.close()
+        self._door.kernel.close()
+
+    def __enter__(self) -> ModelSide:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,124 @@
+"""A fuzzed program as Python that a person can paste: `uapi` calls, memory by mmap, nothing of the fuzzer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from iommulab.fuzz.memory import MEMFD, PAGE, REGIONS
+from iommulab.fuzz.program import TEST_OPS, Call, Program
+from uapi.iommufd_test import TEST_OP_MEMBERS
+
+_MEMBER = {TEST_OPS[op]: member for op, member in TEST_OP_MEMBERS.items()}
+
+_HEAD = """\
+import ctypes, errno, mmap, os
+from uapi.iommufd import *
+from uapi.iommufd_test import *
+from uapi.vfio import *
+from uapi.linux import LinuxBackend
+from kernel_model.kernel import Kernel
+
+kernel = LinuxBackend()  # or Kernel("mock")
+iommu = kernel.open("/dev/iommu")
+
+def call(ioctl, arg=None, **fields):
+    block = ioctl.make() if ioctl.struct else 0
+    for name, value in fields.items():
+        inner, _, last = name.rpartition("__in__")
+        setattr(getattr(block, inner) if inner else block, last, value)
+    try:
+        print(ioctl.name, "=", ioctl.raw(iommu, block if arg is None else arg))
+    except OSError as error:
+        print(ioctl.name, errno.errorcode[error.errno])
+    return block
+
+def put(data):
+    keep.append(ctypes.create_string_buffer(data, len(data)))
+    return ctypes.addressof(keep[-1])
+
+keep = []
+"""
+
+
+def _region(name: str) -> list[str]:
+    pages = REGIONS[name][1]
+    size = f"{pages} * {PAGE}"
+    if name == "file":
+        return [
+            'memfd = os.memfd_create("file")',
+            f"os.ftruncate(memfd, {size})",
+            f"file_map = mmap.mmap(memfd, {size})",
+            "file = ctypes.addressof(ctypes.c_char.from_buffer(file_map))",
+        ]
+    if name in ("hole", "gap"):
+        return [f"{name} = {REGIONS[name][0]:#x}  # nothing is mapped here"]
+    lines = [f"{name} = kernel.buffer({size}).address"]
+    if name in ("ro", "none"):
+        lines.append(f"ctypes.memset({name}, 1, {size})")
+        lines.append(f"ctypes.CDLL(None).mprotect(ctypes.c_void_p({name}), {size}, {int(name == 'ro')})")
+    return lines
+
+
+def _value(value: Any, calls: list[Call]) -> str:
+    if isinstance(value, int):
+        return str(value) if value < 10 else ("memfd" if value == MEMFD else hex(value))
+    if value[0] == "@":
+        index, _, name = value[1:].partition(".")
+        if name.isdigit():
+            return f"int.from_bytes(c{index}[{name}:{int(name) + 4}], 'little')"
+        return f"c{index}.{_field(calls[int(index)].name, name)}"
+    if value[0] == "&":
+        name, _, offset = value[1:].partition("+")
+        return name if offset in ("", "0x0", "0") else f"{name} + {offset}"
+    if value[0] == "*":
+        return f"put(bytes.fromhex({value[1:]!r}))"
+    length, _, skew = value[1:].partition("+")
+    return f"put(bytes({int(length) + int(skew or 0)}))" + (f" + {skew}" if skew and skew != "0" else "")
+
+
+def _field(name: str, field: str) -> str:
+    member = _MEMBER.get(name)
+    if member is None or field in ("size", "op", "id", "__reserved", "last"):
+        return field
+    return f"{member}.{'id' if field == 'index' else field}"
+
+
+def _line(call: Call, calls: list[Call]) -> str:
+    fields = call.fields
+    if not call.is_ioctl:
+        if call.name in ("munmap", "mprotect"):
+            more = f", {fields['prot']}" if call.name == "mprotect" else ""
+            where = _value(fields["address"], calls)
+            return f"ctypes.CDLL(None).{call.name}(ctypes.c_void_p({where}), {fields['length']}{more})"
+        fd = _value(fields["fd"], calls)
+        if call.name == "read":
+            return f"kernel.adopt({fd}).read({fields['count']})"
+        if call.name == "write":
+            words = " + ".join(f"({_value(word, calls)}).to_bytes(4, 'little')" for word in fields["words"])
+            return f"kernel.adopt({fd}).write({words})"
+        return f"kernel.adopt({fd}).poll(0x45)" if call.name == "poll" else f"os.close({fd})"
+    said = []
+    member = _MEMBER.get(call.name)
+    if member is not None:
+        said.append(f"op={call.name}")
+    for name, value in fields.items():
+        key = _field(call.name, name).replace(".", "__in__")
+        said.append(f"{key}={_value(value, calls)}")
+    if call.arg is not None:
+        said.insert(0, _value(call.arg, calls))
+    if call.tail:
+        said.append(f"  # followed by bytes {call.tail}")
+    return f"call({', '.join(['IOMMU_TEST_CMD' if member else call.name, *said])})"
+
+
+def as_python(program: Program) -> str:
+    """The program as a script that prints each call's result."""
+    text = repr([call.to_json() for call in program.calls])
+    regions = [line for name in REGIONS if f"&{name}" in text for line in _region(name)]
+    if "memfd" not in "\n".join(regions) and str(MEMFD) in text:
+        regions += _region("file")
+    lines = []
+    for index, call in enumerate(program.calls):
+        used = f"@{index}." in text
+        lines.append((f"c{index} = " if used else "") + _line(call, program.calls))
+    return _HEAD + "\n".join([*regions, *lines]) + "\n"

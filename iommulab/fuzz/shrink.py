@@ -1,0 +1,67 @@
+"""A smaller program with the same kind of difference.
+
+Delta debugging: cut what comes after the first difference, drop calls in ever smaller pieces, then make the arguments
+plain, as long as both sides still differ. Each candidate is run on both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from iommulab.fuzz.program import Call, Program, without
+
+#: Says whether a candidate still shows the difference.
+Test = Callable[[Program], bool]
+
+
+def shrink(program: Program, differs: Test, budget: int = 400) -> Program:
+    """The smallest program found with at most `budget` runs."""
+    left = budget
+
+    def holds(candidate: Program) -> bool:
+        nonlocal left
+        if left <= 0:
+            return False
+        left -= 1
+        return differs(candidate)
+
+    size = max(len(program.calls) // 2, 1)
+    while True:
+        start = len(program.calls)
+        before = len(program.calls)
+        while start > 0:  # from the end: what comes late depends on what came early
+            start -= size
+            piece = set(range(max(start, 0), start + size))
+            candidate = without(program, piece)
+            if candidate.calls and holds(candidate):
+                program = candidate
+        if size == 1 and len(program.calls) == before:
+            break
+        size = max(size // 2, 1)
+    for simplify in (_plainer, _plainer):
+        for index in range(len(program.calls)):
+            for candidate_call in simplify(program.calls[index]):
+                calls = list(program.calls)
+                calls[index] = candidate_call
+                candidate = Program(calls, program.main_first)
+                if holds(candidate):
+                    program = candidate
+    if program.main_first and holds(Program(program.calls)):
+        program = Program(program.calls)
+    return program
+
+
+def _plainer(call: Call) -> Iterator[Call]:
+    """The call with one thing left out or made simple."""
+    if call.arg is not None and call.is_ioctl:
+        yield Call(call.name, call.fields, None, call.tail)
+    for name, value in call.fields.items():
+        rest = {key: other for key, other in call.fields.items() if key != name}
+        if call.is_ioctl:
+            yield Call(call.name, rest, call.arg, call.tail)
+        if isinstance(value, int):
+            for simple in (4096, 0x1000000, 1, value & ~0xFFF, value & (value - 1)):
+                if simple < value:
+                    yield Call(call.name, call.fields | {name: simple}, call.arg, call.tail)
+        elif isinstance(value, str) and value[0] == "&" and "+" in value and not value.endswith("+0x0"):
+            yield Call(call.name, call.fields | {name: value.partition("+")[0] + "+0x0"}, call.arg, call.tail)

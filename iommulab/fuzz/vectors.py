@@ -1,0 +1,80 @@
+"""Programs with a real kernel's answers, in files: `--record` writes them, `--against recorded` reads them.
+
+A file is gzipped JSON: the kernel's release, the seed, and the programs with their answers. Of an answer it keeps the
+results, the final state, and of the work region the bytes that the kernel changed.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iommulab.errors import UserError
+from iommulab.fuzz.executor import Answer
+from iommulab.fuzz.program import Program, compile_program
+
+FORMAT = 1
+
+
+@dataclass(slots=True)
+class Vectors:
+    """What a file holds: (number, program, answer) in order."""
+
+    release: str
+    seed: int
+    items: list[tuple[int, Program, Answer]] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Write the file; the same content gives the same bytes."""
+        items = [[number, program.to_json(), *_pack(program, answer)] for number, program, answer in self.items]
+        data = {"format": FORMAT, "release": self.release, "seed": self.seed, "programs": items}
+        text = json.dumps(data, separators=(",", ":")).encode()
+        try:
+            with path.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, 0) as file:
+                file.write(text)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
+
+
+def load(path: Path) -> Vectors:
+    """Read a file. UserError where it is none."""
+    try:
+        data = json.loads(gzip.decompress(path.read_bytes()))
+        if data["format"] != FORMAT:
+            raise UserError(f"{path} has format {data['format']}, not {FORMAT}: record it again")
+        found = Vectors(data["release"], data["seed"])
+        for number, calls, *packed in data["programs"]:
+            program = Program.from_json(calls)
+            found.items.append((number, program, _unpack(program, packed)))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+    except (ValueError, KeyError, TypeError, zlib.error) as error:
+        raise UserError(f"{path} is no file of recorded answers: {error}") from error
+    return found
+
+
+def _pack(program: Program, answer: Answer) -> list[Any]:
+    results, work, final = answer
+    image = compile_program(program).image
+    padded = image + bytes(len(work) - len(image))
+    delta = bytes(a ^ b for a, b in zip(work, padded, strict=True))
+    return [results, base64.b64encode(zlib.compress(delta, 9)).decode(), final]
+
+
+def _unpack(program: Program, packed: list[Any]) -> Answer:
+    results, text, final = packed
+    delta = zlib.decompress(base64.b64decode(text))
+    image = compile_program(program).image
+    padded = image + bytes(len(delta) - len(image))
+    return results, bytes(a ^ b for a, b in zip(delta, padded, strict=True)), final
+
+
+def chunks(directory: Path) -> Iterator[Path]:
+    """The files of a directory, in order."""
+    yield from sorted(directory.glob("*.json.gz"))
