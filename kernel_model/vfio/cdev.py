@@ -14,8 +14,8 @@ from kernel_model.file import FileDescription, MappedRegion, SystemCall
 from kernel_model.iommufd.ctx import Context, ctx_from_fd
 from kernel_model.vfio.device import VfioDevice
 from kernel_model.vfio.feature import device_feature
-from uapi.cstruct import offsetofend
 from uapi.behaviours import has
+from uapi.cstruct import offsetofend
 from uapi.vfio import (
     VFIO_DEVICE_ATTACH_IOMMUFD_PT,
     VFIO_DEVICE_ATTACH_PASID,
