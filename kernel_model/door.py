@@ -74,6 +74,14 @@ class Descriptor:
         return None
 
 
+def fill(theirs: socket.socket) -> None:
+    """Take a client's end the room for anything to be sent, so that poll(2) never finds it writable."""
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least that the host allows
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            theirs.send(bytes(1 << 12), socket.MSG_DONTWAIT)
+
+
 class ModelMapping:
     """A mapping of a model's file."""
 

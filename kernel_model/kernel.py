@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING
 from fakedev.machine import Machine
 from fakedev.machine import machine as build_machine
 from kernel_model.client_memory import ClientBuffer, ClientMemory, MmBacking
-from kernel_model.door import Descriptor, MemoryMapping, ModelClient, ModelFile, ModelMapping
+from kernel_model.door import Descriptor, MemoryMapping, ModelClient, ModelFile, ModelMapping, fill
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.fault_injection import MEMORY, FaultInjection, Injection, injecting, kmalloc
-from kernel_model.file import FileDescription, SystemCall
+from kernel_model.file import POLLOUT, FileDescription, SystemCall
 from kernel_model.irq import Interrupts
 from kernel_model.page_alloc import PageAllocator
 from kernel_model.process import TASK_SIZE, Credentials, HostCredentials, Mm, Process, User
@@ -117,6 +117,7 @@ class Kernel:
         self._processes: dict[int, Process] = {}
         #: By (inode, device), in the order of a stat result.
         self._descriptors: dict[tuple[int, ...], Descriptor] = {}
+        self._aliases: dict[tuple[int, ...], FileDescription] = {}
         self._hangups = select.epoll()
         self._by_fd: dict[int, Descriptor] = {}
         self._watches: dict[int, Callable[[], None]] = {}
@@ -293,6 +294,8 @@ class Kernel:
         ours.setblocking(False)
         if type(description).poll is FileDescription.poll:
             ours.send(b"\0")  # a file without a poll operation is always ready; select(2) sees this byte
+        elif not description.poll() & POLLOUT:
+            fill(theirs)
         descriptor = Descriptor(ours, fstat(theirs.fileno())[1:3], description, theirs.fileno())
         self._descriptors[descriptor.key] = descriptor
         self._by_fd[ours.fileno()] = descriptor
@@ -308,7 +311,13 @@ class Kernel:
     def install_for(self, process: Process, description: FileDescription) -> int:
         """A new descriptor in `process`, the one that made the call. EMFILE."""
         fd = self.install(description)
-        return fd if process.is_self else process.give_fd(fd)
+        if process.is_self:
+            return fd
+        try:
+            return process.give_fd(fd)
+        except KernelError:
+            self.notice()  # the descriptor is closed
+            raise
 
     def close_for(self, process: Process, fd: int) -> None:
         """Take a descriptor back that the call being served has just installed."""
@@ -329,7 +338,14 @@ class Kernel:
         except (OSError, OverflowError) as error:
             raise KernelError(errno.EBADF, f"descriptor {fd} is not open") from error
         descriptor = self._descriptors.get(status[1:3])
-        return None if descriptor is None else descriptor.description
+        return self._aliases.get(status[1:3]) if descriptor is None else descriptor.description
+
+    def add_alias(self, key: tuple[int, int], description: FileDescription) -> None:
+        """Descriptors of other processes with this (inode, device) too are of the open file, until `remove_alias`."""
+        self._aliases[key] = description
+
+    def remove_alias(self, key: tuple[int, int]) -> None:
+        del self._aliases[key]
 
     def maps_device(self, process: Process, start: int, length: int) -> bool:
         """Whether a range of the process's memory is a mapping of device registers (VM_PFNMAP)."""

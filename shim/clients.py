@@ -101,6 +101,10 @@ class Clients:
         """The client that a thread belongs to, if it is one."""
         return self._by_pid.get(self._leader(tid))
 
+    def pids(self) -> list[int]:
+        """The process ids of all."""
+        return list(self._by_pid)
+
     def by_pidfd(self, pidfd: int) -> Client | None:
         return next((client for client in self._by_pid.values() if client.pidfd == pidfd), None)
 

@@ -5,7 +5,7 @@ to the host's kernel. A file of the model is a real descriptor in the program, o
 SCM_RIGHTS are the host's own, and the last close hangs up the model's end, which each call notices first. A read-only
 sysfs attribute, and /proc/PID/status with the model's VmPin and VmLck, are memfds that hold the text.
 
-Left out: mapping a file into the program (ENODEV where the model would allow it), stat, access, readlink and
+Left out: mapping registers into the program (ENODEV where the model would allow it), stat, access, readlink and
 directories of the model's paths, reads and writes through a descriptor that dup2(2) moved out of the trapped range,
 preadv and pwritev.
 """
@@ -23,13 +23,16 @@ from collections.abc import Callable
 from struct import Struct
 
 from kernel_model.errors import KernelError
-from kernel_model.file import MAX_RW_COUNT, FileDescription, SystemCall, check_range
+from kernel_model.file import MAX_RW_COUNT, FileDescription, MappedMemory, SystemCall, check_range
 from kernel_model.kernel import Kernel
 from kernel_model.process import PAGE_SIZE, Process
 from kernel_model.vfs import SysfsFile
 from shim import seccomp
 from shim.clients import Client, Clients, free_numbers
+from shim.mappings import Mappings
 from shim.seccomp import Listener, Notification
+from uapi.backend import PROT_WRITE
+from uapi.iommufd import IOMMU_DESTROY
 
 _AT_FDCWD = -100
 _MAP_ANONYMOUS = 0x20
@@ -56,6 +59,8 @@ class Supervisor:
         self._clients = Clients(kernel)
         self._events = select.epoll()
         self._events.register(listener.fileno(), select.EPOLLIN)
+        self._mappings = Mappings(kernel, listener)
+        self._events.register(self._mappings.fileno(), select.EPOLLIN)
         self._reports = 0
         self._call: Notification | None = None
         #: Descriptors that the call being served hands out, by their numbers in the caller.
@@ -86,6 +91,8 @@ class Supervisor:
             for fd, events in self._events.poll():
                 if fd == listener:
                     trapped = events
+                elif fd == self._mappings.fileno():
+                    self._mappings.closed()
                 else:
                     self._exited(fd)
             if trapped & select.EPOLLIN:
@@ -96,6 +103,7 @@ class Supervisor:
                 return
 
     def close(self) -> None:
+        self._mappings.close()
         self._clients.close()
         self._events.close()
         self._listener.close()
@@ -105,6 +113,8 @@ class Supervisor:
     def _answer(self, call: Notification) -> None:
         """Serve a call. Whatever goes wrong here, the caller gets an answer."""
         self._call = call
+        if self._mappings:
+            self._mappings.called(call.tid)
         try:
             value = self._handlers[call.number](call)
             self._hand_out(call)
@@ -285,6 +295,8 @@ class Supervisor:
     def _ioctl(self, call: Notification) -> int:
         with self.kernel.entered():
             description, system_call = self._file(call, _signed(call.args[0]))
+            if self._mappings and call.args[1] & 0xFFFFFFFF == IOMMU_DESTROY.number:
+                self._mappings.look(description, self._clients.pids())
             return description.ioctl(system_call, call.args[1] & 0xFFFFFFFF, call.args[2])
 
     def _read(self, call: Notification, offset: int | None) -> int:
@@ -341,8 +353,15 @@ class Supervisor:
         with self.kernel.entered():
             description, system_call = self._file(call, _signed(fd))
             pages = -(-length // PAGE_SIZE) * PAGE_SIZE
-            description.mmap(system_call, pages, offset, prot, flags & 0xFFFFFFFF).unmapped()
-            raise OSError(errno.ENODEV, f"{description.path}: mappings are not served yet")
+            shared_write = flags & 1 and prot & PROT_WRITE
+            if description.access == os.O_WRONLY or (shared_write and description.access == os.O_RDONLY):
+                raise KernelError(errno.EACCES, "the file is not open for that access")
+            region = description.mmap(system_call, pages, offset, prot, flags & 0xFFFFFFFF)
+            if isinstance(region, MappedMemory):
+                self._mappings.map(call, system_call.process, _signed(fd), description, region)
+                raise NotServed
+            region.unmapped()
+            raise OSError(errno.ENODEV, f"{description.path}: mappings of registers are not served yet")
 
     def _dup(self, call: Notification, flags: int) -> int:
         """A copy that is trapped as the original is."""

@@ -59,6 +59,7 @@ class Veventq(Object):
     def report(self, data: bytes) -> None:
         """The queue's half of iommufd_viommu_report_event(). ENOMEM: the event is lost for want of memory."""
         sequence, self.sequence = self.sequence, (self.sequence + 1) % _SEQUENCES
+        was_empty = not self.events and self.lost is None
         try:
             if injecting:
                 kmalloc("struct iommufd_vevent", gfp_wait=False)
@@ -72,7 +73,7 @@ class Veventq(Object):
                 self.lost = None
                 self.events.append(_HEADER.pack(0, sequence) + data)
         finally:
-            if self.file is not None:
+            if was_empty and self.file is not None:
                 self.file.set_readable(True)
 
 
