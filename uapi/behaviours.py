@@ -137,7 +137,7 @@ TABLE: tuple[Behaviour, ...] = (
         "6.17",
         "an automatic IOVA is aligned to at most 2 MiB",
         "to the whole length, rounded up to a power of two",
-        SOURCE,
+        UNVERIFIED,
         backports=("6.12.95",),
         test="conformance/test_ioas_auto_iova.py",
         modelled=False,
@@ -173,8 +173,6 @@ TABLE: tuple[Behaviour, ...] = (
         "a dma-buf is a file that is neither shmem nor hugetlbfs",
         UNVERIFIED,
         test="conformance/test_mock_dmabuf.py",
-        modelled=False,
-        note="the test operations that make one came with it",
     ),
     _row(
         "cache-coherency-at-allocation",

@@ -22,6 +22,7 @@ from kernel_model.iommufd.object import Object
 from kernel_model.iommufd.pages import FilePages, Pages, UserPages
 from kernel_model.iommufd.pages_dmabuf import DmabufPages
 from kernel_model.process import CAP_SYS_RAWIO, PAGE_MASK, PAGE_SHIFT, Process
+from uapi.behaviours import has
 from uapi.iommufd import (
     IOMMU_IOAS_ALLOC,
     IOMMU_IOAS_ALLOW_IOVAS,
@@ -48,7 +49,6 @@ from uapi.iommufd import (
     iommu_ioas_unmap,
     iommu_option,
 )
-from uapi.version import includes
 
 if TYPE_CHECKING:
     from kernel_model.iommufd.hwpt import HwptPaging
@@ -203,7 +203,7 @@ def _file_pages(ctx: Context, call: SystemCall, cmd: iommu_ioas_map_file, writab
     if isinstance(found, DmaBuf):
         return DmabufPages(kernel, process, found, cmd.start, cmd.length, writable)
     size = None if found is not None else host_size(process, cmd.fd)
-    if size is not None and includes(kernel.release, "6.19"):
+    if size is not None and has(kernel.release, "dma-buf-in-map-file"):
         return DmabufPages(kernel, process, DmaBuf(size), cmd.start, cmd.length, writable)
     return FilePages(kernel, process, cmd.fd, cmd.start, cmd.length, writable)
 

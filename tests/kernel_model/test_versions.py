@@ -7,8 +7,11 @@ import errno
 import pytest
 
 from conformance.drivers.vfio import VfioDevice
+from conformance.mock import mock_domain
+from conformance.steps import fails
 from kernel_model.kernel import Kernel
 from uapi.backend import DEV_IOMMU
+from uapi.cstruct import OLDEST
 from uapi.iommufd import (
     IOMMU_GET_HW_INFO,
     IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED,
@@ -17,6 +20,7 @@ from uapi.iommufd import (
     IOMMU_HWPT_ALLOC_PASID,
     IOMMU_IOAS_ALLOC,
 )
+from uapi.version import MAINLINE
 
 EDU = "0000:00:10.0"
 
@@ -50,3 +54,38 @@ def test_hw_info_flag_input_type_came_with_6_17(release: str, error: int) -> Non
 def test_hw_info_tells_of_missing_ats_since_7_2(release: str, shown: int) -> None:
     with Kernel(version=release) as kernel, kernel.open(DEV_IOMMU) as iommu, VfioDevice(kernel, EDU) as device:
         assert IOMMU_GET_HW_INFO(iommu, dev_id=device.bind(iommu)).out_capabilities == shown
+
+
+@pytest.mark.parametrize(("release", "there"), [("6.5", False), ("6.6", True)])
+def test_vfio_device_nodes_came_with_6_6(release: str, there: bool) -> None:
+    with Kernel(version=release) as kernel:
+        try:
+            kernel.listdir("/dev/vfio/devices")
+            found = True
+        except OSError:
+            found = False
+        assert found == there
+
+
+@pytest.mark.parametrize("machine", ["q35-vtd-legacy", "mock"])
+@pytest.mark.parametrize(
+    ("release", "beside"), [("6.7", True), ("6.8", False), ("6.12.117", False), ("6.16", False), ("6.17", True)]
+)
+def test_mock_device_beside_a_real_iommu_came_with_6_17(release: str, beside: bool, machine: str) -> None:
+    with Kernel(machine, release) as kernel, kernel.open(DEV_IOMMU) as iommu:
+        ioas = IOMMU_IOAS_ALLOC(iommu).out_ioas_id
+        if beside or machine == "mock":
+            assert mock_domain(iommu, ioas).stdev == 2
+            return
+        for page_table in (ioas, 99):
+            with fails(errno.EINVAL):
+                mock_domain(iommu, page_table)
+        assert IOMMU_IOAS_ALLOC(iommu).out_ioas_id == ioas + 1
+
+
+@pytest.mark.parametrize("release", [release for release in MAINLINE if release != OLDEST])
+def test_every_release_boots_on_every_machine(release: str) -> None:
+    for machine in ("bare", "mock", "q35-vtd-legacy"):
+        with Kernel(machine, release) as kernel, kernel.open(DEV_IOMMU) as iommu:
+            assert kernel.release == release
+            assert IOMMU_IOAS_ALLOC(iommu).out_ioas_id == 1
