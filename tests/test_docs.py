@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from iommulab import versions
 from iommulab.cli import parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +51,10 @@ def test_relative_links_lead_somewhere(page: str) -> None:
             path, _, anchor = link.partition("#")
             assert (ROOT / page).parent.joinpath(path or page).exists(), f"{page}: {link}"
             assert not anchor, f"{page}: {link}: anchors are not checked, link to the page"
+
+
+def test_versions_page_has_the_table_as_the_command_prints_it() -> None:
+    assert versions.markdown() in TEXTS["docs/versions.md"], "print it anew: iommulab versions --markdown"
 
 
 @pytest.mark.parametrize("page", TEXTS)
