@@ -325,6 +325,21 @@ def test_other_pages_than_the_callers_are_ebade(iommu: File, ioas: int, accesses
 
 
 @pytest.mark.parametrize(
+    ("address", "number"),
+    [((1 << 64) - PAGE, errno.EOVERFLOW), ((1 << 64) - 2 * PAGE, errno.EFAULT), (1 << 63, errno.EFAULT)],
+    ids=["last_page", "last_but_one", "kernel_half"],
+)
+def test_pages_beside_an_address_of_nobody(
+    iommu: File, ioas: int, accesses: Accesses, buffer: Buffer, address: int, number: int
+) -> None:
+    map_user(iommu, ioas, buffer.address, 2 * PAGE, iova=START)
+    fd = accesses(ioas)
+    with fails(number):
+        access_pages(iommu, fd, START, PAGE, address)
+    check_refs(iommu, buffer.address, 2 * PAGE, 0)
+
+
+@pytest.mark.parametrize(
     ("iova", "length", "flags", "number"),
     [
         (START, 0, 0, errno.EINVAL),

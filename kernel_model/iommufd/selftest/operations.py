@@ -55,7 +55,10 @@ def test(ucmd: TestCommand) -> int | None:
 
 
 def callers_pages(call: SystemCall, address: int, npages: int) -> Iterator[int]:
-    """get_user_pages_fast(), page after page: the physical address of each of the caller's. EFAULT at its turn."""
+    """get_user_pages_fast(), page after page: the physical address of each of the caller's.
+
+    EFAULT at its turn; EOVERFLOW for the last page of all 64 bits, whose end wraps.
+    """
     address &= ~PAGE_MASK
     if not npages:
         return
@@ -68,7 +71,7 @@ def callers_pages(call: SystemCall, address: int, npages: int) -> Iterator[int]:
 
 def _locate(call: SystemCall, address: int, npages: int) -> Runs:
     if address + (npages << PAGE_SHIFT) > U64_MAX:
-        raise KernelError(errno.EFAULT, f"{address:#x} is no user address")
+        raise KernelError(errno.EOVERFLOW, f"{npages} pages at {address:#x} wrap")
     with spared():
         pages = UserPages(call.kernel, call.process, address, npages << PAGE_SHIFT, False)
         with pages.borrowed(0, npages - 1) as runs:
