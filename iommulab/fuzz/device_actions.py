@@ -36,6 +36,9 @@ class DeviceActions(MappingActions):
             self.world.hwpts.append(Hwpt(call + "out_hwpt_id", ioas))
 
     def _device(self) -> Device:
+        """A device: the last one rather often, as what was made last is for it."""
+        if self.world.devices and self.coin(0.4):
+            return self.world.devices[-1]
         device = self.world.pick(self.world.devices)
         while device is None:
             self.mock_domain()
@@ -60,8 +63,8 @@ class DeviceActions(MappingActions):
                 flags |= 4
                 more["fault_id"] = fault.ref
         if self.coin(0.2):
-            kind = self.rng.choice((0, 1, 1, 2))
-            data = struct.pack("<II", self.rng.randrange(1 << 32), kind)[: self.rng.choice((8, 8, 8, 4, 3))]
+            kind = self.rng.choice((0, 0, 1, 1, 1, 1, 2))
+            data = struct.pack("<II", self.rng.randrange(1 << 32), kind)[: self.rng.choice((8, 8, 8, 8, 8, 4, 4, 3))]
             more |= {
                 "data_type": int(mock.IOMMU_HWPT_DATA_SELFTEST),
                 "data_len": len(data),
@@ -91,7 +94,8 @@ class DeviceActions(MappingActions):
         if queue is not None and (fault or self.coin(0.5)):
             flags |= 4
             more["fault_id"] = queue.ref
-        data = struct.pack("<II", self.rng.choice((0xBADBEEF, 1, 2)), 0)[: self.rng.choice((4, 4, 4, 8, 2))]
+        word = self.rng.choice((0xBADBEEF, 1, 2))
+        data = struct.pack("<II", word, 0)[: self.rng.choice((4, 4, 4, 4, 4, 4, 8, 8, 2))]
         call = self.add(
             "IOMMU_HWPT_ALLOC",
             flags=flags,
@@ -103,7 +107,7 @@ class DeviceActions(MappingActions):
             **more,
         )
         if call is not None:
-            self.world.hwpts.append(Hwpt(call + "out_hwpt_id", None, flags, nested=True, viommu=viommu))
+            self.world.hwpts.append(Hwpt(call + "out_hwpt_id", None, flags, nested=True, word=word))
 
     def invalidate(self) -> None:
         rng = self.rng
@@ -138,8 +142,10 @@ class DeviceActions(MappingActions):
     def check_iotlb(self) -> None:
         hwpt = self.world.pick([hwpt for hwpt in self.world.hwpts if hwpt.nested or self.coin(0.1)])
         if hwpt is not None:
-            value = self.rng.choice((0xBADBEEF, 0, 1))
-            self.add("IOMMU_TEST_OP_MD_CHECK_IOTLB", id=hwpt.ref, index=self.rng.randrange(5), iotlb=value)
+            value = self.rng.choice((hwpt.word, hwpt.word, 0, 0xBADBEEF))
+            self.add(
+                "IOMMU_TEST_OP_MD_CHECK_IOTLB", id=hwpt.ref, index=self.rng.choice((0, 1, 2, 3, 3, 4)), iotlb=value
+            )
 
     def check_cache(self) -> None:
         device = self._device()
@@ -199,8 +205,11 @@ class DeviceActions(MappingActions):
 
     def _pasid_target(self) -> Value:
         able = [hwpt.ref for hwpt in self.world.hwpts if hwpt.flags & 8]
+        if not able and self.coin(0.6):
+            self.hwpt_alloc(8)
+            able = [hwpt.ref for hwpt in self.world.hwpts if hwpt.flags & 8]
         target = self.world.pick(able)
-        return target if target is not None and self.coin(0.85) else self._target()[0]
+        return target if target is not None and self.coin(0.9) else self._target()[0]
 
     def pasid_attach(self) -> None:
         device, pasid = self._pasid_device(), self.pasid()

@@ -79,7 +79,9 @@ class Generator(QueueActions):
         self.replace(self.world.hwpts[-1])
         for _ in range(self.rng.randrange(1, 4)):
             self.trigger_iopf()
-        self.use_queue()
+        if self.world.faults and self.coin(0.8):
+            self.read_queue(self.world.faults[-1])
+            self.write_queue(self.world.faults[-1])
 
     def scene_viommu(self) -> None:
         """A device in a guest: vIOMMU, vDEVICE, nested page table, event queue."""

@@ -41,22 +41,34 @@ class QueueActions(DeviceActions):
             self.fault_queue()
             return
         kind = rng.random()
-        if kind < 0.45:
-            count = rng.choice((40, 80, 120, 40, 400, 400, 39, 0, 8, 12, 16, 24, 7))
-            self.calls.append(Call("read", {"fd": queue.fd, "count": count}))
-            queue.reads.append(len(self.calls) - 1)
+        if kind < (0.2 if queue.reads and queue in self.world.faults else 0.5):
+            self.read_queue(queue)
         elif kind < 0.75:
-            words: list[Value] = []
-            for _ in range(rng.choice((1, 1, 2))):
-                known = f"@{rng.choice(queue.reads)}.36" if queue.reads and self.coin(0.7) else rng.randrange(4)
-                words += [known, rng.choice((0, 0, 1, 1, 2))]
-            more = rng.choice((0, 0, 0, 0, 0, 0, -4, -8, 1))
-            fields: dict[str, Any] = {"fd": queue.fd, "words": words}
-            self.calls.append(Call("write", fields | ({"more": more} if more else {})))
-        elif kind < 0.9:
+            self.write_queue(queue)
+        elif kind < 0.92:
             self.calls.append(Call("poll", {"fd": queue.fd}))
         else:
             self.calls.append(Call("close", {"fd": queue.fd}))
+
+    def read_queue(self, queue: Queue) -> None:
+        """read(2); its call's number stays with the queue, for the cookies."""
+        count = self.rng.choice((40, 80, 120, 40, 400, 400, 39, 0, 8, 12, 16, 24, 7))
+        self.calls.append(Call("read", {"fd": queue.fd, "count": count}))
+        queue.reads.append(len(self.calls) - 1)
+
+    def write_queue(self, queue: Queue) -> None:
+        """Answer page requests: cookies that were read, or guessed ones."""
+        words: list[Value] = []
+        for _ in range(self.rng.choice((1, 1, 1, 2))):
+            cookie = self.rng.choice((36, 36, 36, 76))
+            known = (
+                f"@{self.rng.choice(queue.reads)}.{cookie}" if queue.reads and self.coin(0.7) else self.rng.randrange(4)
+            )
+            words += [known, self.rng.choice((0, 0, 0, 1, 1, 2))]
+        fields: dict[str, Any] = {"fd": queue.fd, "words": words}
+        if self.coin(0.15):
+            fields["more"] = self.rng.choice((-4, -8, 1))
+        self.calls.append(Call("write", fields))
 
     def viommu_alloc(self) -> None:
         parents = [hwpt for hwpt in self.world.hwpts if hwpt.flags & 1]

@@ -41,7 +41,8 @@ class Hwpt:
     ioas: Ioas | None
     flags: int = 0
     nested: bool = False
-    viommu: Viommu | None = None
+    #: What a nested one's IOTLB words were at first.
+    word: int = 0
 
 
 @dataclass(eq=False, slots=True)
