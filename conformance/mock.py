@@ -9,10 +9,10 @@ import os
 import struct
 from typing import Any, NamedTuple
 
-from conformance.steps import hwpt_alloc, place
+from conformance.steps import hwpt_alloc, ioas_alloc, place
 from uapi import iommufd_test as abi
 from uapi.backend import Backend, File
-from uapi.iommufd import IOMMU_FAULT_QUEUE_ALLOC, IOMMU_HWPT_ALLOC_NEST_PARENT
+from uapi.iommufd import IOMMU_FAULT_QUEUE_ALLOC, IOMMU_HWPT_ALLOC_NEST_PARENT, IOMMU_HWPT_FAULT_ID_VALID
 from uapi.iommufd_test import IOMMU_TEST_CMD, iommu_test_cmd
 
 #: What the default mock domain translates, inclusive, and its smallest page.
@@ -194,3 +194,26 @@ def read_faults(queue: File, room: int = 16) -> list[PageFault]:
 def answer_faults(queue: File, *cookies: int, code: int = 0) -> int:
     """write(2) of a response for each cookie; the bytes taken."""
     return queue.write(b"".join(struct.pack("<II", cookie, code) for cookie in cookies))
+
+
+class FaultIds(NamedTuple):
+    """An IOAS (1), a mock device on it (2, 3; its automatic HWPT 4 is gone by then), a nesting parent (5), a queue (6),
+    and a nested HWPT that reports to it (7)."""
+
+    ioas: int
+    stdev: int
+    idev: int
+    parent: int
+    fault: int
+    hwpt: int
+
+
+def reporting_device(kernel: Backend, iommu: File) -> tuple[FaultIds, File]:
+    """A device that is attached to a HWPT which reports to a queue, and the queue's file."""
+    ioas = ioas_alloc(iommu)
+    device = mock_domain(iommu, ioas)
+    parent = nest_parent(iommu, device.idev, ioas)
+    fault, queue = fault_queue(kernel, iommu)
+    hwpt = nested_alloc(iommu, device.idev, parent, IOMMU_HWPT_FAULT_ID_VALID, fault_id=fault)
+    mock_replace(iommu, device.stdev, hwpt)
+    return FaultIds(ioas, device.stdev, device.idev, parent, fault, hwpt), queue

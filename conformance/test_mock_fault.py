@@ -1,7 +1,8 @@
-"""Fault queues with faults in them: which queue a page request reaches, reading, answering, polling, and the end.
+"""Page requests of mock devices: the HWPTs that report them, the queue that they reach, the message, and their end.
 
 Mirrors drivers/iommu/iommufd/eventq.c and find_fault_handler() of drivers/iommu/io-pgfault.c. A mock device asks for
-one page at a time, so every group here is one message. The queue while nothing faults is in test_fault_queue.py.
+one page at a time, so every group here is one message. Reading and answering is in test_mock_fault_file.py, the queue
+while nothing faults in test_fault_queue.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pytest
 
 from conformance.arena import Arena, arena
 from conformance.mock import (
+    FaultIds,
     PageFault,
     answer_faults,
     command,
@@ -26,10 +28,11 @@ from conformance.mock import (
     nested_alloc,
     page_faults,
     read_faults,
+    reporting_device,
     trigger_iopf,
 )
 from conformance.pasids import attached, pasid_attach, pasid_detach, pasid_replace
-from conformance.steps import NOWHERE, U32_MAX, U64_MAX, destroy, fails, hwpt_alloc, ioas_alloc
+from conformance.steps import U32_MAX, U64_MAX, destroy, fails, hwpt_alloc, ioas_alloc
 from uapi import iommufd_test as abi
 from uapi.backend import Backend, File
 from uapi.iommufd import (
@@ -41,38 +44,18 @@ from uapi.iommufd import (
 
 pytestmark = [pytest.mark.needs("iommu", "mock"), pytest.mark.since("6.11")]
 
+Setting = tuple[FaultIds, File]
+
 FAULT, PASID = IOMMU_HWPT_FAULT_ID_VALID, IOMMU_HWPT_ALLOC_PASID
 LAST, PASID_VALID = IOMMU_PGFAULT_FLAGS_LAST_PAGE, IOMMU_PGFAULT_FLAGS_PASID_VALID
 SIZE = 40
 
 
-class Ids(NamedTuple):
-    """An IOAS (1), a mock device on it (2, 3; its automatic HWPT 4 is gone by then), a nesting parent (5), a queue (6),
-    and a nested HWPT that reports to it (7)."""
-
-    ioas: int
-    stdev: int
-    idev: int
-    parent: int
-    fault: int
-    hwpt: int
-
-
-class Setting(NamedTuple):
-    ids: Ids
-    queue: File
-
-
 @pytest.fixture
-def setting(kernel: Backend, iommu: File) -> Iterator[Setting]:
-    """The device is attached to the HWPT that reports."""
-    ioas = ioas_alloc(iommu)
-    device = mock_domain(iommu, ioas)
-    parent = nest_parent(iommu, device.idev, ioas)
-    fault, queue = fault_queue(kernel, iommu)
-    hwpt = nested_alloc(iommu, device.idev, parent, FAULT, fault_id=fault)
-    mock_replace(iommu, device.stdev, hwpt)
-    yield Setting(Ids(ioas, device.stdev, device.idev, parent, fault, hwpt), queue)
+def setting(kernel: Backend, iommu: File) -> Iterator[tuple[FaultIds, File]]:
+    """The ids, and the queue's file."""
+    ids, queue = reporting_device(kernel, iommu)
+    yield ids, queue
     queue.close()
 
 
@@ -98,13 +81,13 @@ def test_hwpt_holds_the_queue(iommu: File, setting: Setting) -> None:
 @pytest.mark.parametrize("fault_id", [0, 1, 3, 5, 7, 99, U32_MAX])
 def test_unknown_queue_is_enoent_and_leaves_no_hwpt(iommu: File, setting: Setting, fault_id: int) -> None:
     with fails(errno.ENOENT):
-        nested_alloc(iommu, setting.ids.idev, setting.ids.parent, FAULT, fault_id=fault_id)
+        nested_alloc(iommu, setting[0].idev, setting[0].parent, FAULT, fault_id=fault_id)
     assert [ioas_alloc(iommu), ioas_alloc(iommu)] == [4, 8]
 
 
 def test_queue_is_looked_up_after_the_driver_has_made_its_domain(iommu: File, setting: Setting) -> None:
     with fails(errno.EOPNOTSUPP):
-        hwpt_alloc(iommu, setting.ids.idev, setting.ids.parent, FAULT, data_type=1, data_len=4, fault_id=99)
+        hwpt_alloc(iommu, setting[0].idev, setting[0].parent, FAULT, data_type=1, data_len=4, fault_id=99)
 
 
 def test_queue_without_the_flag_is_not_looked_at(iommu: File, setting: Setting) -> None:
@@ -127,7 +110,7 @@ def test_paging_hwpt_reports_too(iommu: File, setting: Setting) -> None:
 @pytest.mark.has("fault-queue-on-paging-hwpt")
 def test_paging_hwpt_with_an_unknown_queue_is_enoent(iommu: File, setting: Setting) -> None:
     with fails(errno.ENOENT):
-        hwpt_alloc(iommu, setting.ids.idev, setting.ids.ioas, FAULT, fault_id=99)
+        hwpt_alloc(iommu, setting[0].idev, setting[0].ioas, FAULT, fault_id=99)
     assert [ioas_alloc(iommu), ioas_alloc(iommu)] == [4, 8]
 
 
@@ -173,7 +156,7 @@ def test_requests_of_one_group_id_are_groups_of_their_own(iommu: File, setting: 
 
 
 def test_trigger_on_what_is_no_device_is_enoent(iommu: File, setting: Setting) -> None:
-    ids = setting.ids
+    ids = setting[0]
     for number in (0, ids.ioas, ids.stdev, ids.hwpt, ids.fault, 99):
         with fails(errno.ENOENT):
             trigger_iopf(iommu, number)
@@ -289,279 +272,6 @@ def test_faults_of_a_pasid_end_with_its_attachment_and_not_with_the_devices_own(
         else:
             assert answer_faults(queue, cookie) == 8
     pasid_detach(iommu, ids.stdev, 8, 9)
-
-
-# -- reading ---------------------------------------------------------------------------------------------------------
-
-
-def test_read_takes_what_fits(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
-    for grpid in range(5):
-        trigger_iopf(iommu, ids.idev, grpid=grpid)
-    assert [fault.grpid for fault in read_faults(queue, 2)] == [0, 1]
-    assert [fault.grpid for fault in read_faults(queue, 1)] == [2]
-    assert [fault.grpid for fault in read_faults(queue, 100)] == [3, 4]
-    assert queue.read(SIZE) == b""
-
-
-@pytest.mark.parametrize("count", [1, 39, 41, 79])
-def test_read_of_parts_is_espipe_and_takes_nothing(iommu: File, setting: Setting, count: int) -> None:
-    ids, queue = setting
-    trigger_iopf(iommu, ids.idev)
-    with fails(errno.ESPIPE):
-        queue.read(count)
-    assert cookies(read_faults(queue)) == [1]
-
-
-@pytest.mark.has("fault-read-too-small")
-def test_read_without_room_is_einval_while_something_waits(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
-    assert queue.read(0) == b""
-    trigger_iopf(iommu, ids.idev)
-    with fails(errno.EINVAL):
-        queue.read(0)
-    assert cookies(read_faults(queue)) == [1]
-    assert queue.read(0) == b""
-
-
-def test_read_at_an_offset_is_espipe(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
-    trigger_iopf(iommu, ids.idev)
-    for offset in (0, SIZE):
-        with fails(errno.ESPIPE):
-            queue.pread(SIZE, offset)
-
-
-def test_read_into_bad_memory_is_efault_and_takes_nothing(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
-    trigger_iopf(iommu, ids.idev, grpid=1)
-    trigger_iopf(iommu, ids.idev, grpid=2)
-    for address in (0, NOWHERE, U64_MAX - SIZE, 1 << 63):
-        with fails(errno.EFAULT):
-            queue.read_to(address, SIZE)
-    assert [(fault.grpid, fault.cookie) for fault in read_faults(queue)] == [(1, 1), (2, 2)]
-
-
-def test_read_stops_where_the_memory_ends(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
-    for grpid in range(3):
-        trigger_iopf(iommu, ids.idev, grpid=grpid)
-    with arena(2) as memory:
-        memory.unmap(1)
-        assert queue.read_to(memory.page(1) - SIZE - 39, 3 * SIZE) == SIZE
-        assert page_faults(memory.read(memory.page(1) - SIZE - 39, SIZE))[0][3:] == (0, 3, 0x1000, 0, 1)
-        with fails(errno.EFAULT):
-            queue.read_to(memory.page(1) - 39, 2 * SIZE)
-    assert [(fault.grpid, fault.cookie) for fault in read_faults(queue)] == [(1, 2), (2, 3)]
-
-
-def test_read_of_an_empty_queue_looks_at_no_user_memory(setting: Setting) -> None:
-    """Only at whether it could be some."""
-    for address in (0, NOWHERE):
-        assert setting.queue.read_to(address, SIZE) == 0
-    for address in (U64_MAX - SIZE, 1 << 63):
-        with fails(errno.EFAULT):
-            setting.queue.read_to(address, SIZE)
-
-
-def test_no_room_for_bad_memory_is_told_from_the_count_first(iommu: File, setting: Setting) -> None:
-    trigger_iopf(iommu, setting.ids.idev)
-    with fails(errno.ESPIPE):
-        setting.queue.read_to(NOWHERE, SIZE + 1)
-
-
-# -- answering -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("code", [0, 1])
-def test_answer_takes_the_fault_off(iommu: File, setting: Setting, code: int) -> None:
-    ids, queue = setting
-    trigger_iopf(iommu, ids.idev)
-    assert cookies(read_faults(queue)) == [1]
-    assert answer_faults(queue, 1, code=code) == 8
-    with fails(errno.EINVAL):
-        answer_faults(queue, 1, code=code)
-
-
-def test_fault_is_answered_only_after_it_was_read(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
-    trigger_iopf(iommu, ids.idev)
-    with fails(errno.EINVAL):
-        answer_faults(queue, 1)
-    assert cookies(read_faults(queue)) == [1]
-
-
-@pytest.mark.parametrize("code", [2, 0xF, U32_MAX])
-def test_unknown_code_is_einval_and_the_fault_stays(iommu: File, setting: Setting, code: int) -> None:
-    ids, queue = setting
-    trigger_iopf(iommu, ids.idev)
-    read_faults(queue)
-    with fails(errno.EINVAL):
-        answer_faults(queue, 1, code=code)
-    assert answer_faults(queue, 1) == 8
-
-
-def test_answers_in_any_order_and_several_at_once(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
-    for _ in range(5):
-        trigger_iopf(iommu, ids.idev)
-    assert cookies(read_faults(queue)) == [1, 2, 3, 4, 5]
-    assert answer_faults(queue, 4, 1, 3) == 24
-    assert answer_faults(queue, 5, 2) == 16
-
-
-def test_write_stops_at_the_first_bad_answer(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
-    for _ in range(3):
-        trigger_iopf(iommu, ids.idev)
-    read_faults(queue)
-    assert answer_faults(queue, 2, 9, 1) == 8
-    assert answer_faults(queue, 1, 1, 3) == 8
-    with fails(errno.EINVAL):
-        answer_faults(queue, 9, 3)
-    assert answer_faults(queue, 3) == 8
-
-
-@pytest.mark.parametrize("length", [1, 4, 7, 9, 20])
-def test_write_of_parts_is_espipe_and_answers_nothing(iommu: File, setting: Setting, length: int) -> None:
-    ids, queue = setting
-    trigger_iopf(iommu, ids.idev)
-    read_faults(queue)
-    with fails(errno.ESPIPE):
-        queue.write((1).to_bytes(8, "little").ljust(length, b"\0")[:length])
-    assert answer_faults(queue, 1) == 8
-
-
-def test_write_of_nothing_answers_nothing(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
-    trigger_iopf(iommu, ids.idev)
-    read_faults(queue)
-    assert queue.write(b"") == 0
-    assert answer_faults(queue, 1) == 8
-
-
-def test_write_at_an_offset_is_espipe(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
-    trigger_iopf(iommu, ids.idev)
-    read_faults(queue)
-    for offset in (0, 8):
-        with fails(errno.ESPIPE):
-            queue.pwrite((1).to_bytes(8, "little"), offset)
-    assert answer_faults(queue, 1) == 8
-
-
-def test_write_from_bad_memory_is_efault_after_those_that_could_be_read(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
-    for _ in range(3):
-        trigger_iopf(iommu, ids.idev)
-    read_faults(queue)
-    with arena(2) as memory:
-        memory.unmap(1)
-        memory.write(memory.page(1) - 20, b"".join(n.to_bytes(8, "little") for n in (3, 1)) + bytes(4))
-        for address in (0, NOWHERE, 1 << 63, memory.page(1) - 4):
-            with fails(errno.EFAULT):
-                queue.write_from(address, 8)
-        assert queue.write_from(memory.page(1) - 20, 24) == 16
-    assert answer_faults(queue, 2) == 8
-
-
-# -- cookies ---------------------------------------------------------------------------------------------------------
-
-
-def test_cookies_are_the_lowest_free(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
-
-    def more(count: int) -> list[int]:
-        for _ in range(count):
-            trigger_iopf(iommu, ids.idev)
-        return cookies(read_faults(queue))
-
-    assert more(4) == [1, 2, 3, 4]
-    answer_faults(queue, 3, 1)
-    assert more(3) == [1, 3, 5]
-    answer_faults(queue, 5, 4, 3, 2, 1)
-    assert more(2) == [1, 2]
-
-
-def test_cookies_are_given_when_read(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
-    for grpid in range(3):
-        trigger_iopf(iommu, ids.idev, grpid=grpid)
-    assert [(fault.grpid, fault.cookie) for fault in read_faults(queue, 1)] == [(0, 1)]
-    answer_faults(queue, 1)
-    assert [(fault.grpid, fault.cookie) for fault in read_faults(queue)] == [(1, 1), (2, 2)]
-
-
-def test_answer_to_cookie_zero_sets_it_free(iommu: File, setting: Setting) -> None:
-    """It is EINVAL, but while another fault is outstanding the kernel forgets that zero is kept back."""
-    ids, queue = setting
-
-    def more(count: int) -> list[int]:
-        for _ in range(count):
-            trigger_iopf(iommu, ids.idev)
-        return cookies(read_faults(queue))
-
-    with fails(errno.EINVAL):
-        answer_faults(queue, 0)
-    assert more(1) == [1]
-    with fails(errno.EINVAL):
-        answer_faults(queue, 0)
-    assert more(2) == [0, 2]
-    answer_faults(queue, 1, 2)
-    assert more(1) == [1]
-    assert answer_faults(queue, 0, 1) == 16
-    with fails(errno.EINVAL):
-        answer_faults(queue, 0)
-    assert more(3) == [0, 1, 2]
-
-
-def test_answer_to_cookie_zero_with_nothing_outstanding_changes_nothing(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
-    for _ in range(2):
-        trigger_iopf(iommu, ids.idev)
-        with fails(errno.EINVAL):
-            answer_faults(queue, 0)
-        assert cookies(read_faults(queue)) == [1]
-        answer_faults(queue, 1)
-
-
-# -- poll ------------------------------------------------------------------------------------------------------------
-
-
-def test_poll_tells_whether_something_waits(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
-    every = 0xFFF
-    assert queue.poll(every) == select.POLLOUT
-    trigger_iopf(iommu, ids.idev)
-    trigger_iopf(iommu, ids.idev)
-    for _ in range(2):
-        assert queue.poll(every) == select.POLLIN | select.POLLRDNORM | select.POLLOUT
-        assert queue.poll(select.POLLIN) == select.POLLIN
-        queue.read(SIZE)
-    assert queue.poll(every) == select.POLLOUT
-    answer_faults(queue, 1, 2)
-    assert queue.poll(every) == select.POLLOUT
-
-
-def test_hosts_own_poll_sees_the_same(iommu: File, setting: Setting) -> None:
-    """As a program's event loop does, on the bare descriptor."""
-    ids, queue = setting
-
-    def readable() -> bool:
-        return bool(select.select([queue.fileno()], [], [], 0)[0])
-
-    assert not readable()
-    trigger_iopf(iommu, ids.idev)
-    trigger_iopf(iommu, ids.idev)
-    assert readable()
-    queue.read(SIZE)
-    assert readable()
-    queue.read(SIZE)
-    assert not readable()
-    trigger_iopf(iommu, ids.idev)
-    assert readable()
-    mock_replace(iommu, ids.stdev, ids.parent)
-    assert not readable()
 
 
 # -- the end of an attachment ----------------------------------------------------------------------------------------
