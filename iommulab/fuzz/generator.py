@@ -270,5 +270,6 @@ ACTIONS: list[tuple[float, Callable[[Generator], None]]] = [
     (1, Generator.vfio_ioas),
     (4, Generator.compat),
     (2, Generator.check_map),
+    (0.5, Generator.check_refs),
     (0.5, Generator.protect),
 ]

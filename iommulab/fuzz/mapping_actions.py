@@ -239,6 +239,15 @@ class MappingActions(Maker):
         if call is not None:
             access.items.append(call + "out_access_pages_id")
 
+    def check_refs(self) -> None:
+        page = self.rng.randrange(40)
+        self.add(
+            "IOMMU_TEST_OP_MD_CHECK_REFS",
+            uptr=f"&buf+{page * PAGE:#x}",
+            length=PAGE * self.rng.choice((0, 1, 1, 2)),
+            refs=self.rng.choice((0, 0, 1, 2)),
+        )
+
     def access_rw(self) -> None:
         access = self._access()
         area = self.world.pick(access.ioas.areas) if access is not None else None

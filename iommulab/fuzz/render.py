@@ -21,13 +21,14 @@ from kernel_model.kernel import Kernel
 kernel = LinuxBackend()  # or Kernel("mock")
 iommu = kernel.open("/dev/iommu")
 
-def call(ioctl, arg=None, **fields):
-    block = ioctl.make() if ioctl.struct else 0
+def call(ioctl, arg=None, tail=b"", **fields):
+    room = ctypes.create_string_buffer(bytes(ioctl.make()) + tail if ioctl.struct else b"", ioctl.size + len(tail))
+    block = ioctl.struct.from_buffer(room) if ioctl.struct else None
     for name, value in fields.items():
         inner, _, last = name.rpartition("__in__")
         setattr(getattr(block, inner) if inner else block, last, value)
     try:
-        print(ioctl.name, "=", ioctl.raw(iommu, block if arg is None else arg))
+        print(ioctl.name, "=", ioctl.raw(iommu, room if arg is None else arg))
     except OSError as error:
         print(ioctl.name, errno.errorcode[error.errno])
     return block
@@ -107,7 +108,7 @@ def _line(call: Call, calls: list[Call]) -> str:
     if call.arg is not None:
         said.insert(0, _value(call.arg, calls))
     if call.tail:
-        said.append(f"  # followed by bytes {call.tail}")
+        said.append(f"tail=bytes.fromhex({call.tail!r})")
     return f"call({', '.join(['IOMMU_TEST_CMD' if member else call.name, *said])})"
 
 

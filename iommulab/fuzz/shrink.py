@@ -38,21 +38,22 @@ def shrink(program: Program, differs: Test, budget: int = 400) -> Program:
         if size == 1 and len(program.calls) == before:
             break
         size = max(size // 2, 1)
-    for simplify in (_plainer, _plainer):
-        for index in range(len(program.calls)):
-            for candidate_call in simplify(program.calls[index]):
-                calls = list(program.calls)
-                calls[index] = candidate_call
-                candidate = Program(calls, program.main_first)
+    for index in range(len(program.calls)):
+        plain = False
+        while not plain:
+            plain = True
+            for call in _plainer(program.calls[index]):
+                candidate = Program([*program.calls[:index], call, *program.calls[index + 1 :]], program.main_first)
                 if holds(candidate):
-                    program = candidate
+                    program, plain = candidate, False
+                    break
     if program.main_first and holds(Program(program.calls)):
         program = Program(program.calls)
     return program
 
 
 def _plainer(call: Call) -> Iterator[Call]:
-    """The call with one thing left out or made simple."""
+    """The call with one thing left out or made smaller; each chain of these ends."""
     if call.arg is not None and call.is_ioctl:
         yield Call(call.name, call.fields, None, call.tail)
     for name, value in call.fields.items():

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,12 +76,12 @@ class Stream(Protocol):
 class LinuxStream:
     """The executor on this kernel, as a child process."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, command: Sequence[str]) -> None:
         self._log = directory / "executor.log"
         environment = os.environ | {"PYTHONPATH": str(SUITE.parent), "PYTHONDONTWRITEBYTECODE": "1"}
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", _MODULE],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -165,11 +165,17 @@ class GuestStream:
 
 
 class Target:
-    """A real kernel that answers programs. Context manager; nothing is started before the first program."""
+    """A real kernel that answers programs: that of a guest, or without one what `command` reaches (this one).
 
-    def __init__(self, directory: Path, guest: Guest | None = None) -> None:
+    Context manager; nothing is started before the first program.
+    """
+
+    def __init__(
+        self, directory: Path, guest: Guest | None = None, command: Sequence[str] = (sys.executable, "-m", _MODULE)
+    ) -> None:
         self._directory = directory
         self._guest = guest
+        self._command = command
         self._stream: LinuxStream | GuestStream | None = None
         self._attempt = 0
         self._rest = bytearray()
@@ -199,7 +205,7 @@ class Target:
                 return
             self._attempt += 1
             if self._guest is None:
-                self._stream = LinuxStream(self._directory)
+                self._stream = LinuxStream(self._directory, self._command)
             else:
                 self._stream = GuestStream(self._guest, self._directory, self._attempt)
             hello = self._receive(BOOT)

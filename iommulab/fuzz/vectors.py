@@ -52,10 +52,10 @@ def load(path: Path) -> Vectors:
         for number, calls, *packed in data["programs"]:
             program = Program.from_json(calls)
             found.items.append((number, program, _unpack(program, packed)))
+    except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} is no file of recorded answers: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
-    except (ValueError, KeyError, TypeError, zlib.error) as error:
-        raise UserError(f"{path} is no file of recorded answers: {error}") from error
     return found
 
 
