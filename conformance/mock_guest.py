@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
+from conformance.arena import Arena
 from conformance.mock import mock_domain, run
 from conformance.steps import hwpt_alloc, ioas_alloc, place
 from uapi import iommufd_test as abi
@@ -27,6 +28,8 @@ VEVENTQ_TYPE = abi.IOMMU_VEVENTQ_TYPE_SELFTEST
 HW_QUEUE_TYPE = abi.IOMMU_HW_QUEUE_TYPE_SELFTEST
 INVALIDATE_TYPE = abi.IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST
 CACHE_DEFAULT = abi.IOMMU_TEST_DEV_CACHE_DEFAULT
+#: Bytes that a vIOMMU of the mock publishes for mmap(2), where it gets data.
+PUBLISHED = 8192
 #: A vEVENT of the mock: header (flags, sequence) and virt_id.
 EVENT = struct.Struct("<III")
 HEADER = struct.Struct("<II")
@@ -53,6 +56,16 @@ def guest(iommu: File) -> Guest:
 def viommu_alloc(iommu: File, dev_id: int, hwpt_id: int, kind: int = VIOMMU_TYPE) -> int:
     """VIOMMU_ALLOC without data; the id."""
     return IOMMU_VIOMMU_ALLOC(iommu, type=kind, dev_id=dev_id, hwpt_id=hwpt_id).out_viommu_id
+
+
+def publish(iommu: File, ids: Guest, value: int = 0xBEEF) -> tuple[int, int]:
+    """A vIOMMU with pages that begin with `value`; its id and their offset."""
+    address = place(bytes(abi.iommu_viommu_selftest(in_data=value)))
+    fields = {"type": VIOMMU_TYPE, "dev_id": ids.idev, "hwpt_id": ids.parent}
+    reply = IOMMU_VIOMMU_ALLOC(iommu, data_len=24, data_uptr=address, **fields)
+    data = abi.iommu_viommu_selftest.from_buffer_copy(Arena.read(address, 24))
+    assert (data.out_data, data.out_mmap_length) == (value, PUBLISHED)
+    return reply.out_viommu_id, data.out_mmap_offset
 
 
 def nested_hwpt(iommu: File, dev_id: int, viommu: int, flags: int = 0, fault_id: int = 0) -> int:

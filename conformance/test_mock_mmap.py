@@ -10,31 +10,18 @@ import errno
 
 import pytest
 
-from conformance.arena import Arena
-from conformance.mock_guest import VIOMMU_TYPE, Guest, guest, viommu_alloc
-from conformance.steps import PAGE, destroy, fails, place
+from conformance.mock_guest import PUBLISHED, Guest, guest, publish, viommu_alloc
+from conformance.steps import PAGE, destroy, fails
 from uapi.backend import MAP_PRIVATE, MAP_SHARED, PROT_EXEC, PROT_NONE, PROT_READ, PROT_WRITE, Backend, File
-from uapi.iommufd import IOMMU_VIOMMU_ALLOC
-from uapi.iommufd_test import iommu_viommu_selftest
 
 pytestmark = [pytest.mark.needs("iommu", "mock"), pytest.mark.since("6.17")]
 
-SIZE = 2 * PAGE
+SIZE = PUBLISHED
 
 
 @pytest.fixture
 def ids(iommu: File) -> Guest:
     return guest(iommu)
-
-
-def publish(iommu: File, ids: Guest, value: int = 0xBEEF) -> tuple[int, int]:
-    """A vIOMMU with pages that begin with `value`; its id and their offset."""
-    address = place(bytes(iommu_viommu_selftest(in_data=value)))
-    fields = {"type": VIOMMU_TYPE, "dev_id": ids.idev, "hwpt_id": ids.parent}
-    reply = IOMMU_VIOMMU_ALLOC(iommu, data_len=24, data_uptr=address, **fields)
-    data = iommu_viommu_selftest.from_buffer_copy(Arena.read(address, 24))
-    assert (data.out_data, data.out_mmap_length) == (value, SIZE)
-    return reply.out_viommu_id, data.out_mmap_offset
 
 
 # -- offsets ---------------------------------------------------------------------------------------------------------

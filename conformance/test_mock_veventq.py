@@ -283,6 +283,37 @@ def test_sequence_belongs_to_the_queue(kernel: Backend, iommu: File, queue: Queu
     assert events(file.read(64)) == [(0, 0, 0x99)]
 
 
+def test_event_that_cannot_be_stored_stays(iommu: File, queue: Queue) -> None:
+    """EFAULT for the first; a later one ends the read. Also where only the data behind the header does not fit."""
+    with arena(2) as memory:
+        memory.no_access(1)
+        trigger_vevent(iommu, queue.ids.idev, 3)  # the third is lost
+        for room in (0, 4, 8, 11):
+            with fails(errno.EFAULT):
+                queue.file.read_to(memory.page(1) - room, 64)
+        assert queue.file.poll(select.POLLIN) == select.POLLIN
+        address = memory.page(1) - 20
+        assert queue.file.read_to(address, 64) == 12
+        assert events(Arena.read(address, 12)) == [(0, 0, 0x99)]
+        address = memory.page(1) - 16
+        assert queue.file.read_to(address, 64) == 12
+        assert events(Arena.read(address, 12)) == [(0, 1, 0x99)]
+        for room in (0, 4):
+            with fails(errno.EFAULT):
+                queue.file.read_to(memory.page(1) - room, 64)
+        address = memory.page(1) - 8
+        assert queue.file.read_to(address, 64) == 8
+        assert events(Arena.read(address, 8)) == [(LOST, 2)]
+
+
+def test_read_of_an_empty_queue_looks_at_no_memory(queue: Queue) -> None:
+    with arena(1) as memory:
+        memory.no_access(0)
+        assert queue.file.read_to(memory.page(0), 64) == 0
+        with fails(errno.EINVAL):
+            queue.file.read_to(memory.page(0), 7)
+
+
 # -- overflow --------------------------------------------------------------------------------------------------------
 
 

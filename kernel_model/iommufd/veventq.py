@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
+from itertools import islice
 from struct import Struct
 
 from kernel_model.errors import KernelError
@@ -96,8 +97,8 @@ class VeventqFile(EventqFile):
         event; a later one ends the read."""
         if count < _HEADER.size:
             raise KernelError(errno.EINVAL, f"{count} bytes are less than a header")
-        queue, done = self._events, 0
-        events = queue.events
+        queue = self._events
+        events, done = queue.events, self._fetch_at_once(count, store)
         try:
             while events:
                 if done + len(events[0]) > count:
@@ -119,6 +120,24 @@ class VeventqFile(EventqFile):
             if done and not self.poll():
                 self.set_readable(False)
         return done
+
+    def _fetch_at_once(self, count: int, store: Store) -> int:
+        """The events that fit, stored in one piece; none of them where that is not possible."""
+        events, fitting, size = self._events.events, 0, 0
+        if injecting:
+            return 0  # each event has a copy of its own that can fail
+        for event in events:
+            if size + len(event) > count:
+                break
+            fitting += 1
+            size += len(event)
+        try:
+            store(0, b"".join(islice(events, fitting)))
+        except KernelError:
+            return 0
+        for _ in range(fitting):
+            events.popleft()
+        return size
 
     def poll(self) -> int:
         return POLLIN | POLLRDNORM if self._events.events or self._events.lost is not None else 0

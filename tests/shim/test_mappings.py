@@ -13,9 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 #: What every program begins with: a guest of the mock driver, and a second vIOMMU that has published two pages.
 START = """
 import errno, os, signal, sys, time
-from conformance.mock_guest import guest
+from conformance.mock_guest import PUBLISHED as SIZE, guest, publish
 from conformance.steps import answer, destroy, ioas_alloc
-from conformance.test_mock_mmap import SIZE, publish
 from uapi.linux import LinuxBackend
 kernel = LinuxBackend()
 iommu = kernel.open("/dev/iommu")

@@ -1,0 +1,143 @@
+"""Rules of vIOMMUs and of their queues that hold for any sequence of calls, held against simpler ways to say them."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conformance.mock import mock_domain, mock_replace
+from conformance.mock_guest import (
+    EVENT,
+    HEADER,
+    PUBLISHED,
+    guest,
+    nested_hwpt,
+    publish,
+    trigger_vevent,
+    vdevice_alloc,
+    veventq_alloc,
+)
+from conformance.steps import answer, destroy, ioas_alloc
+from kernel_model.kernel import Kernel
+from uapi.iommufd import IOMMU_VEVENTQ_FLAG_LOST_EVENTS
+
+PAGE = 4096
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Kernel]:
+    with Kernel("mock") as kernel:
+        yield kernel
+
+
+class Expected:
+    """A queue as a list: each event is (sequence, whether it stands for lost ones)."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.entries: list[tuple[int, bool]] = []
+        self.sequence = 0
+
+    def report(self) -> None:
+        if self.entries and self.entries[-1][1]:
+            self.entries.pop()
+        full = len(self.entries) == self.depth
+        self.entries.append((self.sequence, full))
+        self.sequence += 1
+
+    def read(self, count: int) -> bytes | int:
+        if count < HEADER.size:
+            return errno.EINVAL
+        data = b""
+        while self.entries:
+            sequence, lost = self.entries[0]
+            one = HEADER.pack(IOMMU_VEVENTQ_FLAG_LOST_EVENTS, sequence) if lost else EVENT.pack(0, sequence, 0x99)
+            if len(data) + len(one) > count:
+                return data or errno.EINVAL
+            data += one
+            self.entries.pop(0)
+        return data
+
+
+@settings(max_examples=150, deadline=None)
+@given(depth=st.integers(1, 5), steps=st.lists(st.one_of(st.just(-1), st.integers(0, 90)), max_size=40))
+def test_queue_is_a_list_with_room_for_so_many(kernel: Kernel, depth: int, steps: list[int]) -> None:
+    """-1 reports an event, another number reads so many bytes."""
+    with kernel.open("/dev/iommu") as iommu:
+        ids = guest(iommu)
+        nested = nested_hwpt(iommu, ids.idev, ids.viommu)
+        vdevice_alloc(iommu, ids.viommu, ids.idev, 0x99)
+        mock_replace(iommu, ids.stdev, nested)
+        _, file = veventq_alloc(kernel, iommu, ids.viommu, depth)
+        expected = Expected(depth)
+        for step in steps:
+            if step < 0:
+                trigger_vevent(iommu, ids.idev)
+                expected.report()
+                continue
+            found: bytes | int
+            try:
+                found = file.read(step)
+            except OSError as error:
+                found = error.errno or 0
+            assert found == expected.read(step)
+            assert bool(file.poll(1)) == bool(expected.entries)
+        file.close()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(st.none(), st.integers(0, 20)), max_size=25))
+def test_ranges_lie_lowest_first_and_never_on_each_other(kernel: Kernel, steps: list[int | None]) -> None:
+    """None publishes, a number takes the range of that rank away."""
+    with kernel.open("/dev/iommu") as iommu:
+        ids = guest(iommu)
+        live: dict[int, int] = {}
+        for step in steps:
+            if step is None:
+                number, offset = publish(iommu, ids)
+                assert offset == next(at for at in range(PAGE, 1 << 20, PUBLISHED) if at not in live)
+                live[offset] = number
+            elif live:
+                destroy(iommu, live.pop(sorted(live)[step % len(live)]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from(["device", "go", "vdevice", "destroy"]), max_size=30), st.randoms(use_true_random=False)
+)
+def test_tombstones_are_the_ids_of_vdevices_whose_device_went(kernel: Kernel, steps: list[str], random: Random) -> None:
+    with kernel.open("/dev/iommu") as iommu:
+        ids = guest(iommu)
+        devices = {ids.stdev: ids.idev}
+        vdevices: dict[int, int] = {}
+        dead: set[int] = set()
+        for step in steps:
+            if step == "device":
+                made = mock_domain(iommu, ids.parent)
+                devices[made.stdev] = made.idev
+            elif not devices:
+                continue
+            stdev = random.choice(sorted(devices))
+            if step == "go":
+                destroy(iommu, stdev)
+                del devices[stdev]
+                if stdev in vdevices:
+                    dead.add(vdevices.pop(stdev))
+            elif step == "vdevice":
+                if stdev in vdevices:
+                    assert answer(vdevice_alloc, iommu, ids.viommu, devices[stdev], 99) == errno.EEXIST
+                else:
+                    vdevices[stdev] = vdevice_alloc(iommu, ids.viommu, devices[stdev], stdev)
+            elif step == "destroy" and stdev in vdevices:
+                destroy(iommu, vdevices.pop(stdev))
+        for number in dead:
+            assert answer(destroy, iommu, number) == errno.ENOENT
+        new = {ioas_alloc(iommu) for _ in range(20)}
+        assert not new & dead
+    with kernel.open("/dev/iommu") as again:
+        assert ioas_alloc(again) == 1
