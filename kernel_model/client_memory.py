@@ -4,7 +4,8 @@
 buffer while the model may still reach it only marks it, so copies go directly, without asking the host's kernel.
 
 `MmBacking` is what answers for one address space's window of the physical address space: directly inside a live buffer
-of the model's own process, by `process_vm_readv/writev` elsewhere, and with `BusAbort` where the memory is gone.
+of the model's own process, by `process_vm_readv/writev` elsewhere, from what was kept of a process that has gone, and
+with `BusAbort` where the memory is gone.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class MmBacking:
     def view(self, offset: int, length: int) -> memoryview | None:
         buffers = self._mm.buffers
         if buffers is None:
-            return None
+            return None if self._mm.alive else self._mm.remaining(offset, length)
         found = buffers.find(offset, length)
         if found is None:
             return None

@@ -434,6 +434,8 @@ class ModelClient(ClientBase):
         return self._process.status(field)
 
     def exit(self) -> None:
+        if self._process.mm.alive and self._kernel.alive:
+            self._kernel.process_exits(self._process)
         super().exit()
         self._kernel.process_exited(self._process)
 

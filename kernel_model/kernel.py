@@ -359,6 +359,7 @@ class Kernel:
         """Make a process known as a client. EAGAIN: the model has room for 15 of them."""
         for mm in [mm for mm in self._retired_mms if not mm.pins]:
             self._retired_mms.remove(mm)
+            self.memory.remove_window(mm.window)
             self._free_mms.append(mm.window // TASK_SIZE)
         if not self._free_mms:
             raise OSError(errno.EAGAIN, "the model has room for 15 client processes")
@@ -372,14 +373,18 @@ class Kernel:
         """Whether a client has this number."""
         return pid in self._processes
 
+    def process_exits(self, process: Process) -> None:
+        """A client is about to go, and its memory with it: keep what is pinned. Without this call it is lost."""
+        with self.entered():
+            process.mm.keep_pinned()
+
     def process_exited(self, process: Process) -> None:
-        """A client is gone: its descriptors have closed, its memory no longer answers."""
+        """A client is gone: its descriptors have closed, its memory no longer answers, but for what was kept of it."""
         if self._processes.pop(process.pid, None) is not None:
             process.mm.exited()
             if self._dead:
                 return
             with self.entered():
-                self.memory.remove_window(process.mm.window)
                 self._retired_mms.append(process.mm)
                 self.faults.task_exited()
 

@@ -17,12 +17,15 @@ import fcntl
 import os
 import resource
 import struct
+from bisect import bisect_right
 from collections.abc import Callable
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import psutil
 
 from kernel_model.errors import KernelError
+from kernel_model.interval import merge
 from uapi.linux import read_status
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ CAP_DAC_OVERRIDE, CAP_SETUID, CAP_IPC_LOCK, CAP_SYS_RAWIO, CAP_SYS_ADMIN, CAP_SY
 ALL_CAPABILITIES = (1 << 41) - 1
 #: Larger than any address space.
 RLIM_UNLIMITED = 1 << 64
+_KEPT_AT_ONCE = 1 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _readv = _libc.process_vm_readv
@@ -93,8 +97,10 @@ class Mm:
         #: Pages charged to VmPin and VmLck by this kernel.
         self.pinned_vm = 0
         self.locked_vm = 0
-        #: Pins that lead into the window, by mapping: while there are any, no other address space may have it.
-        self.pins = 0
+        #: Pins that lead into the window, (start, length) each: while there are any, it is not given to another.
+        self.pins: dict[object, tuple[int, int]] = {}
+        #: Of an address space that has gone: what was pinned of it, (address, bytes) ascending.
+        self.remains: list[tuple[int, bytearray]] = []
         #: Client buffers whose lifetime the model controls; set for the model's own process only.
         self.buffers: ClientMemory | None = None
         self._local = _IoVec()
@@ -182,8 +188,49 @@ class Mm:
             address = high
         return found
 
+    def pin(self, start: int, length: int) -> Callable[[], None]:
+        """Note pages that are to outlive the process; what is returned takes the note back."""
+        key = object()
+        self.pins[key] = start, length
+
+        def unpin() -> None:
+            del self.pins[key]
+            if not self.pins:
+                self.remains.clear()
+
+        return unpin
+
+    def keep_pinned(self) -> None:
+        """The memory is about to go: keep a copy of what is pinned. Pages that are not there any more are left out."""
+        self.remains.clear()
+        ranges = ((start, start + length - 1) for start, length in self.pins.values())
+        for start, last in merge(ranges, 0, TASK_SIZE):
+            position, kept = start, bytearray()
+            while position <= last:
+                piece = self.read_some(position, min(last + 1 - position, _KEPT_AT_ONCE))
+                whole = len(piece) & ~PAGE_MASK
+                kept += piece[:whole]
+                position += whole
+                if not whole:
+                    self._keep(position - len(kept), kept)
+                    position, kept = position + PAGE_SIZE, bytearray()
+            self._keep(position - len(kept), kept)
+
+    def _keep(self, address: int, data: bytearray) -> None:
+        if data:
+            self.remains.append((address, data))
+
+    def remaining(self, address: int, length: int) -> memoryview | None:
+        """What was kept at an address; None unless it is the whole range."""
+        index = bisect_right(self.remains, address, key=itemgetter(0)) - 1
+        if index < 0:
+            return None
+        start, data = self.remains[index]
+        view = memoryview(data)[address - start : address - start + length]
+        return view if len(view) == length else None
+
     def exited(self) -> None:
-        """The process is gone: nothing of its memory answers any more."""
+        """The process is gone: nothing of its memory answers any more, but for what was kept."""
         self.alive = False
         self.close()
 
@@ -251,7 +298,7 @@ class HostCredentials(Credentials):
     """What the host's kernel says of a process."""
 
     def __init__(self, pid: int) -> None:
-        super().__init__()
+        super().__init__(memlock=0)
         self._pid = pid
         self._head = (ctypes.c_uint32 * 2)(0x20080522, 0 if pid == os.getpid() else pid)
         self._data = (ctypes.c_uint32 * 6)()
@@ -271,8 +318,9 @@ class HostCredentials(Credentials):
         try:
             soft, _ = resource.prlimit(self._pid, resource.RLIMIT_MEMLOCK)
         except ProcessLookupError:
-            return 0
-        return RLIM_UNLIMITED if soft == resource.RLIM_INFINITY else soft
+            return self._memlock  # what it last was: the account of a process that has gone goes on
+        self._memlock = RLIM_UNLIMITED if soft == resource.RLIM_INFINITY else soft
+        return self._memlock
 
 
 class Process:

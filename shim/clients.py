@@ -56,6 +56,8 @@ class Client:
             return False
         gone = not os.pread(self._maps, 1, 0)
         self._close_maps()
+        if not gone:
+            self.process.mm.remains.clear()
         return gone
 
     def _close_maps(self) -> None:
@@ -99,7 +101,11 @@ class Clients:
 
     def known(self, tid: int) -> Client | None:
         """The client that a thread belongs to, if it is one."""
-        return self._by_pid.get(self._leader(tid))
+        client = self._by_pid.get(self._leader(tid))
+        if client is not None and client.has_new_memory():
+            self.remove(client)
+            return None
+        return client
 
     def pids(self) -> list[int]:
         """The process ids of all."""

@@ -3,11 +3,12 @@
 Opens of the model's paths, ioctls, reads, writes and mmaps of the model's files are answered; everything else goes on
 to the host's kernel. A file of the model is a real descriptor in the program, one end of a socketpair, so dup, fork and
 SCM_RIGHTS are the host's own, and the last close hangs up the model's end, which each call notices first. A read-only
-sysfs attribute, and /proc/PID/status with the model's VmPin and VmLck, are memfds that hold the text.
+sysfs attribute, and /proc/PID/status with the model's VmPin and VmLck, are memfds that hold the text. Before a process
+exits or executes another program, the model keeps what is pinned of its memory.
 
 Left out: mapping registers into the program (ENODEV where the model would allow it), stat, access, readlink and
 directories of the model's paths, reads and writes through a descriptor that dup2(2) moved out of the trapped range,
-preadv and pwritev.
+preadv and pwritev; pinned pages that a process unmaps, or one that ends by a signal or by exit(2): they are gone.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Supervisor:
             seccomp.FCNTL: self._fcntl,
             seccomp.EXECVE: self._execve,
             seccomp.EXECVEAT: self._execve,
+            seccomp.EXIT_GROUP: self._exit,
         }
 
     def serve(self) -> None:
@@ -380,7 +382,19 @@ class Supervisor:
         client = self._clients.known(call.tid)
         if client is not None:
             client.execve_begins()
+            self._memory_goes(client)
         raise NotServed
+
+    def _exit(self, call: Notification) -> int:
+        client = self._clients.known(call.tid)
+        if client is not None:
+            self._memory_goes(client)
+        raise NotServed
+
+    def _memory_goes(self, client: Client) -> None:
+        """Pinned pages stay when a process exits or executes another program."""
+        if client.process.mm.pins:
+            self.kernel.process_exits(client.process)
 
 
 def _read_memory(tid: int, address: int, length: int) -> bytes:

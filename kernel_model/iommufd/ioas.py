@@ -273,7 +273,8 @@ def option_huge_pages(ucmd: UserCommand[Context, iommu_option]) -> None:
 @table.handles(IOMMU_IOAS_CHANGE_PROCESS)
 def ioas_change_process(ucmd: UserCommand[Context, iommu_ioas_change_process]) -> None:
     """EOPNOTSUPP: reserved bits. EINVAL: a mapping of any IOAS of the context is not of a file. ENOMEM: the caller's
-    account cannot take the pinned pages; then nothing has changed."""
+    account cannot take the pinned pages; then nothing has changed. EINVAL, and all is changed: a process that has gone
+    paid from its own account."""
     if ucmd.cmd.__reserved:
         raise KernelError(errno.EOPNOTSUPP, "__reserved is not zero")
     owned: dict[int, FilePages] = {}
@@ -293,8 +294,11 @@ def _charge_process(ucmd: UserCommand[Context, iommu_ioas_change_process], owned
         charged = kernel.user(process.credentials.uid()).locked_vm if mode == ACCOUNT_USER else process.mm.locked_vm
         if npages and charged + npages > process.credentials.memlock() >> PAGE_SHIFT:
             raise KernelError(errno.ENOMEM, f"{charged} + {npages} pages are over RLIMIT_MEMLOCK")
+    dead = [pages for pages in moving if pages.account_mode == ACCOUNT_MM and not pages.process.mm.alive]
     for pages in moving:
         pages.change_process(process)
+    if dead:  # their own account cannot be had; the kernel notices after the change, with a WARNING
+        raise KernelError(errno.EINVAL, "the process that paid has gone")
 
 
 @table.handles(IOMMU_IOAS_NOIOMMU_GET_PA)

@@ -231,6 +231,10 @@ class Pages:
             found.append((start, self.resolve(start, stop)))
         return [run for _, runs in sorted(found) for run in runs]
 
+    def pins(self) -> list[tuple[int, int, int]]:
+        """(first, last, how often) of the pages that are pinned."""
+        return [(piece.first, piece.last, piece.count) for piece in self._pinned]
+
     @property
     def pinned_runs(self) -> Runs:
         """Where the pages are that this pins."""
@@ -323,20 +327,24 @@ class UserPages(Pages):
         if self.kernel.maps_device(self.process, start, length):
             raise KernelError(errno.EFAULT, f"{start:#x} maps device memory")
         runs: Runs = []
+        private: list[tuple[int, int]] = []
         position, end = start, start + length
         for vma in mm.vmas(start, end):
             if vma.start > position or not (vma.write if self.writable else vma.read):
                 break
             stop = min(vma.end, end)
-            runs.append((self._physical(vma, position), (stop - position) >> PAGE_SHIFT))
+            place = self._physical(vma, position)
+            if place == mm.window | position:
+                private.append((position, stop - position))
+            runs.append((place, (stop - position) >> PAGE_SHIFT))
             position = stop
         if position < end:
             raise KernelError(
                 errno.EFAULT, f"{position:#x} cannot be pinned for {'writing' if self.writable else 'reading'}"
             )
         if not self.process.is_self:
-            mm.pins += 1
-            self.hold(lambda: setattr(mm, "pins", mm.pins - 1))
+            for piece in private:
+                self.hold(mm.pin(*piece))
         return _join(runs)
 
     def _physical(self, vma: Vma, address: int) -> int:

@@ -27,12 +27,12 @@ def supported() -> str | None:
     pid = os.fork()
     if pid == 0:
         try:
-            installer.install()
-            os._exit(0)
+            os.close(installer.install())
+            os.kill(os.getpid(), signal.SIGKILL)  # for exit_group(2) is trapped, and nobody answers
         except OSError as error:
             os._exit(error.errno or 1)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return os.strerror(status) if status else None
+    return os.strerror(status) if status > 0 else None
 
 
 WHY_NOT = supported()
