@@ -16,6 +16,7 @@ from kernel_model.iommufd.ctx import Context
 from kernel_model.iommufd.eventq import Fault
 from kernel_model.iommufd.ioas import Ioas
 from kernel_model.iommufd.object import Object
+from kernel_model.iommufd.sw_msi import remove_pages
 from kernel_model.iommufd.user_data import UserData, UserDataArray
 from uapi.behaviours import has
 from uapi.iommufd import (
@@ -82,6 +83,7 @@ class HwptPaging(Hwpt):
         return self
 
     def destroy(self) -> None:
+        remove_pages(self)
         if self in self.ioas.hwpts:
             assert self.domain is not None
             self.ioas.hwpts.remove(self)

@@ -73,6 +73,13 @@ def group_setup_msi(ctx: Context, igroup: IommufdGroup, paging: HwptPaging) -> N
             _install(paging, page)
 
 
+def remove_pages(paging: HwptPaging) -> None:
+    """The domain goes. The kernel frees its table with the doorbells in it; a domain of the model is empty by then."""
+    for page in paging.ctx.sw_msi:
+        if page.id in paging.present_sw_msi and paging.domain is not None:
+            paging.domain.unmap(page.iova, PAGE_SIZE)
+
+
 def sw_msi(domain: Domain, idev: IommufdDevice, address: int) -> int:
     """iommufd_sw_msi(): where a device writes to ring the doorbell at `address`, mapped now into its domain.
 
