@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 from conformance.drivers.vfio import VfioDevice, functions
+from iommulab.measure_dirty import dirty_figures
 from iommulab.measure_vevents import vevent_figures
 from uapi.backend import DEV_IOMMU, Backend, File
 from uapi.iommufd import (
@@ -189,6 +190,7 @@ def client_figures(kernel: Backend, seconds: float, counts: tuple[int, ...]) -> 
         ioas_id = IOMMU_IOAS_ALLOC(iommu).out_ioas_id
         yield from map_figures(kernel, seconds, "no domain", iommu, ioas_id)
     yield from device_figures(kernel, seconds)
+    yield from dirty_figures(kernel, partial(best, seconds=seconds))
     yield from vevent_figures(kernel)
     yield from area_figures(kernel, counts)
 

@@ -13,18 +13,18 @@ def ones(count: int) -> int:
     return (1 << count) - 1
 
 
-def widen(mask: int, ratio: int) -> int:
-    """Each bit becomes `ratio` equal ones, a power of two."""
-    if ratio == 1 or not mask:
-        return mask
-    count = mask.bit_length()
-    if mask == ones(count):
-        return ones(count * ratio)
-    text = f"{mask:b}".encode()
+def widen(mask: int, ratio: int) -> bytes:
+    """Each bit becomes `ratio` equal ones, a power of two; as bytes, the lowest first and the highest set bit last."""
     if ratio < 8:
-        return int(text.replace(b"0", b"0" * ratio).replace(b"1", b"1" * ratio), 2)
-    size = ratio // 8
-    return int.from_bytes(text.replace(b"0", b"\0" * size).replace(b"1", b"\xff" * size), "big")
+        if ratio > 1 and mask:
+            text = f"{mask:b}".encode()
+            mask = int(text.replace(b"0", b"0" * ratio).replace(b"1", b"1" * ratio), 2)
+        return mask.to_bytes((mask.bit_length() + 7) >> 3, "little")
+    size = ratio >> 3
+    if mask & (mask + 1) == 0:
+        return b"\xff" * (mask.bit_length() * size)
+    text = f"{mask:b}"[::-1].encode()
+    return text.replace(b"0", b"\0" * size).replace(b"1", b"\xff" * size)
 
 
 def narrow(mask: int, ratio: int) -> int:

@@ -13,6 +13,7 @@ from kernel_model.ioctl import UserCommand
 from kernel_model.iommu.core import Domain
 from kernel_model.iommufd.ctx import Context, table
 from kernel_model.iommufd.hwpt import HwptPaging
+from kernel_model.iommufd.io_pagetable import IoPagetable
 from kernel_model.iommufd.iova_bitmap import IovaBitmap
 from uapi.iommufd import (
     IOMMU_HWPT_DIRTY_TRACKING_ENABLE,
@@ -75,10 +76,21 @@ def get_dirty_bitmap(ucmd: UserCommand[Context, iommu_hwpt_get_dirty_bitmap]) ->
     if not page_size or (iova | end) & (page_size - 1):
         raise KernelError(errno.EINVAL, f"page size {page_size:#x}")
     domain = _tracked(hwpt)
-    bitmap = IovaBitmap(ucmd.call, iova, length, page_size, cmd.data)
-    try:
-        for _, first, last in hwpt.ioas.iopt.contiguous(iova, end - 1):
-            domain.read_and_clear_dirty(first, last - first + 1, cmd.flags, bitmap)
-    except KernelError as error:
-        if error.errno != errno.ENOENT:
-            raise
+    mapped = _mapped_from(hwpt.ioas.iopt, iova, end - 1)
+    if mapped:
+        bitmap = IovaBitmap(ucmd.call, iova, length, page_size, cmd.data)
+        domain.read_and_clear_dirty(iova, mapped, cmd.flags, bitmap)
+        bitmap.flush()
+
+
+def _mapped_from(iopt: IoPagetable, iova: int, last: int) -> int:
+    """How many bytes from `iova` on, no further than `last`, are mapped without a hole."""
+    first = iopt.area_at(iova, iova)
+    if first is None:
+        return 0
+    end = first.last
+    for start in iopt.areas.irange(first.last + 1):
+        if end >= last or start != end + 1:
+            break
+        end = iopt.areas[start].last
+    return min(end, last) - iova + 1

@@ -90,7 +90,7 @@ class LeafTable:
         index = max(runs.bisect_right(iova) - 1, 0)
         for key in runs.islice(index):
             found: Leaves = runs[key]
-            if found.end > iova:
+            if key >= iova or found.end > iova:
                 yield found
 
     def install(self, iova: int, length: int, made: Iterator[Leaves]) -> None:
@@ -131,19 +131,16 @@ class LeafTable:
 
     def set_dirty(self, iova: int, page_size: int, mask: int) -> None:
         """Make the leaf at `iova` + i * `page_size` dirty for each bit i of `mask`; holes are passed over."""
-        while mask:
-            run = next(self._from(iova), None)
-            if run is None:
+        count = mask.bit_length()
+        data = mask.to_bytes((count + 7) >> 3, "little")
+        for run in self._from(iova):
+            first = max(-(-(run.iova - iova) // page_size), 0)
+            if first >= count:
                 return
-            skipped = max(-(-(run.iova - iova) // page_size), 0)
-            iova += skipped * page_size
-            mask >>= skipped
-            inside = -(-(run.end - iova) // page_size)
-            if inside <= 0:  # the step goes over the whole run
-                continue
-            self._set_dirty(run, iova, page_size, mask & ones(inside))
-            iova += inside * page_size
-            mask >>= inside
+            stop = min(-(-(run.end - iova) // page_size), count)
+            piece = int.from_bytes(data[first >> 3 : (stop + 7) >> 3], "little") >> (first & 7) & ones(stop - first)
+            if piece:
+                self._set_dirty(run, iova + first * page_size, page_size, piece)
 
     @staticmethod
     def _set_dirty(run: Leaves, iova: int, page_size: int, mask: int) -> None:
@@ -166,11 +163,13 @@ class LeafTable:
                 return
             if not run.dirty:
                 continue
-            first = run.index(max(iova, run.iova))
-            count = run.index(min(last, run.end - 1)) - first + 1
-            dirty = run.dirty >> first & ones(count)
-            if not dirty:
-                continue
+            first, count, dirty = 0, run.count, run.dirty
+            if run.iova < iova or run.end > last + 1:
+                first = run.index(max(iova, run.iova))
+                count = run.index(min(last, run.end - 1)) - first + 1
+                dirty = dirty >> first & ones(count)
+                if not dirty:
+                    continue
             if bitmap is not None:
                 bitmap.set_leaves(run.iova + (first << run.shift), run.shift, count, dirty)
             if clear:
