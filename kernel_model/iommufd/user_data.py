@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from kernel_model.errors import KernelError
+from kernel_model.fault_injection import injecting
 from kernel_model.file import SystemCall
 from uapi.cstruct import Struct
 from uapi.layout import layout_at
@@ -18,7 +19,7 @@ from uapi.layout import layout_at
 S = TypeVar("S", bound=Struct)
 
 #: How many entries of an array are read at once.
-_BATCH = 1024
+_BATCH = 4096
 
 _sizeof = functools.cache(lambda struct, release: layout_at(struct, release).size)
 
@@ -71,20 +72,26 @@ class UserDataArray:
         entry = UserData(self.call, self.type, self.address + self.entry_len * index, self.entry_len)
         return entry.copy_from(struct, data_type, minimum)
 
-    def each(self, struct: type[S], data_type: int, minimum: int) -> Iterator[S]:
-        """Every entry in turn, as `copy_from` would give it; its errnos come when it is the entry's turn."""
-        size, index = self.entry_len, 0
-        if size == _sizeof(struct, self.call.kernel.release) and self.type == data_type:
-            while index < self.entry_num:
-                count = min(_BATCH, self.entry_num - index)
-                try:
-                    data = self.call.copy_from_user(self.address + size * index, size * count)
-                except KernelError:
-                    break  # the entry that cannot be read is found below
-                yield from (struct * count).from_buffer_copy(data)
-                index += count
-        for left in range(index, self.entry_num):
-            yield self.copy_from(struct, data_type, left, minimum)
+    def batches(self, struct: type[S], data_type: int, minimum: int) -> Iterator[bytes | memoryview]:
+        """The entries in their order, whole structs, many at once where that can be. What is wrong with an entry, its
+        errno as from `copy_from`, comes when it is the entry's turn."""
+        # Where copies are to fail, each entry is a copy of its own, as the kernel's are.
+        exact = self.entry_len == _sizeof(struct, self.call.kernel.release) and self.type == data_type
+        step = _BATCH if exact and not injecting else 1
+        for start in range(0, self.entry_num, step):
+            count = min(step, self.entry_num - start)
+            block = self._block(start, count) if count > 1 else None
+            if block is not None:
+                yield block
+            else:
+                for index in range(start, start + count):
+                    yield bytes(self.copy_from(struct, data_type, index, minimum))
+
+    def _block(self, start: int, count: int) -> bytes | memoryview | None:
+        try:
+            return self.call.copy_from_user(self.address + self.entry_len * start, self.entry_len * count)
+        except KernelError:
+            return None
 
     def copy_full(self, struct: type[S], data_type: int) -> list[S]:
         """iommu_copy_struct_from_full_user_array(): all entries, shorter ones with zeros behind.

@@ -7,6 +7,8 @@ invalidation zeroes them, and MD_CHECK_IOTLB looks at them.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelError
@@ -28,7 +30,14 @@ if TYPE_CHECKING:
     from kernel_model.iommufd.user_data import UserData, UserDataArray
 
 _DATA_MIN = offsetofend(iommu_hwpt_selftest, "iotlb")
-_ENTRY_MIN = offsetofend(iommu_hwpt_invalidate_selftest, "iotlb_id")
+_ENTRY = iommu_hwpt_invalidate_selftest
+_ENTRY_MIN = offsetofend(_ENTRY, "iotlb_id")
+#: All entries that are right, each as one word: flags below, the id above.
+_VALID = frozenset(
+    flags | index << 32
+    for flags in (0, IOMMU_TEST_INVALIDATE_FLAG_ALL)
+    for index in range(MOCK_NESTED_DOMAIN_IOTLB_ID_MAX + 1)
+)
 
 
 class MockNestedDomain(MockDomain):
@@ -60,17 +69,29 @@ class MockNestedDomain(MockDomain):
         try:
             if array.type != IOMMU_HWPT_INVALIDATE_DATA_SELFTEST:
                 raise KernelError(errno.EINVAL, f"data type {array.type:#x}")
-            entries = array.each(iommu_hwpt_invalidate_selftest, IOMMU_HWPT_INVALIDATE_DATA_SELFTEST, _ENTRY_MIN)
-            for entry in entries:
-                flags, index = entry.flags, entry.iotlb_id
-                if flags & ~IOMMU_TEST_INVALIDATE_FLAG_ALL:
-                    raise KernelError(errno.EOPNOTSUPP, f"flags {flags:#x} of entry {done}")
-                if index > MOCK_NESTED_DOMAIN_IOTLB_ID_MAX:
-                    raise KernelError(errno.EINVAL, f"word {index} of entry {done}")
-                if flags:
-                    self.iotlb = [0] * MOCK_NESTED_DOMAIN_IOTLB_NUM
-                else:
-                    self.iotlb[index] = 0
-                done += 1
+            for block in array.batches(_ENTRY, IOMMU_HWPT_INVALIDATE_DATA_SELFTEST, _ENTRY_MIN):
+                entries = memoryview(block).cast("Q")
+                kinds = set(entries)
+                if not kinds <= _VALID:
+                    good = list(takewhile(_VALID.__contains__, entries))
+                    done += len(good)
+                    self._drop(good)
+                    raise _refusal(entries[len(good)], done)
+                self._drop(kinds)
+                done += len(entries)
         finally:
             array.entry_num = done
+
+    def _drop(self, entries: Iterable[int]) -> None:
+        for entry in entries:
+            if entry & IOMMU_TEST_INVALIDATE_FLAG_ALL:
+                self.iotlb = [0] * MOCK_NESTED_DOMAIN_IOTLB_NUM
+            else:
+                self.iotlb[entry >> 32] = 0
+
+
+def _refusal(entry: int, number: int) -> KernelError:
+    flags, index = entry & 0xFFFFFFFF, entry >> 32
+    if flags & ~IOMMU_TEST_INVALIDATE_FLAG_ALL:
+        return KernelError(errno.EOPNOTSUPP, f"flags {flags:#x} of entry {number}")
+    return KernelError(errno.EINVAL, f"word {index} of entry {number}")
