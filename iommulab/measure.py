@@ -21,6 +21,7 @@ from functools import partial
 
 from conformance.drivers.vfio import VfioDevice, functions
 from iommulab.measure_dirty import dirty_figures
+from iommulab.measure_invalidate import invalidate_figures
 from iommulab.measure_vevents import vevent_figures
 from uapi.backend import DEV_IOMMU, Backend, File
 from uapi.iommufd import (
@@ -191,6 +192,7 @@ def client_figures(kernel: Backend, seconds: float, counts: tuple[int, ...]) -> 
         yield from map_figures(kernel, seconds, "no domain", iommu, ioas_id)
     yield from device_figures(kernel, seconds)
     yield from dirty_figures(kernel, partial(best, seconds=seconds))
+    yield from invalidate_figures(kernel, partial(best, seconds=seconds))
     yield from vevent_figures(kernel)
     yield from area_figures(kernel, counts)
 
