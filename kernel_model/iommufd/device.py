@@ -135,11 +135,19 @@ def device_bind(ctx: Context, dev: core.Device) -> IommufdDevice:
     return idev
 
 
-def device_unbind(idev: IommufdDevice) -> None:
-    """iommufd_device_unbind(): the device must be detached. Its vDEVICE goes with it, and leaves a tombstone."""
+def device_unbind(idev: IommufdDevice) -> bool:
+    """iommufd_device_unbind(): the device must be detached. Its vDEVICE goes with it, and leaves a tombstone.
+
+    False: a PASID is still attached, which only a mock device's client brings about. The object stays then, with what
+    it holds, even beyond the context.
+    """
     if idev.vdev is not None:
         idev.ctx.objects.tombstone_user(idev.vdev)
+    if any(idev.id in attach.devices for attach in idev.group.attachments.values()):
+        idev.ctx.objects.lose_user(idev)
+        return False
     idev.ctx.objects.destroy_user(idev)
+    return True
 
 
 _CAPABILITIES = ("IOMMU_HW_CAP_DIRTY_TRACKING", "IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED")

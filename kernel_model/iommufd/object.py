@@ -47,13 +47,15 @@ T = TypeVar("T", bound=Object)
 class ObjectTable:
     """The id space of one context."""
 
-    __slots__ = ("_free", "_next", "_objects")
+    __slots__ = ("_free", "_lost", "_next", "_objects")
 
     def __init__(self) -> None:
         #: None marks a reserved id: an object being born, or a tombstone.
         self._objects: dict[int, Object | None] = {}
         self._free: list[int] = []
         self._next = 1
+        #: Objects whose holder has gone without destroying them.
+        self._lost = False
 
     def reserve(self) -> int:
         """The lowest free id. ENOSPC beyond 2^31-1."""
@@ -114,6 +116,11 @@ class ObjectTable:
             raise KernelBug(f"object {obj.id} is destroyed by its holder with {obj.users - 1} other users")
         self._erase(obj)
 
+    def lose_user(self, obj: Object) -> None:
+        """iommufd_object_destroy_user() of an object that others hold: the kernel warns, and it stays for ever."""
+        obj.users -= 1
+        self._lost = True
+
     def tombstone_user(self, obj: Object) -> None:
         """iommufd_object_tombstone_user(): as `destroy_user` for the only holder, but the id stays taken for ever."""
         if obj.users != 1:
@@ -128,7 +135,7 @@ class ObjectTable:
             self._erase(obj)
 
     def release_all(self) -> None:
-        """The last close: leaves first, by ascending id, pass after pass."""
+        """The last close: leaves first, by ascending id, pass after pass. What a lost object holds stays."""
         while True:
             live = [obj for _, obj in sorted(self._objects.items()) if obj is not None]
             if not live:
@@ -140,6 +147,8 @@ class ObjectTable:
                     self._erase(obj)
                     destroyed += 1
             if not destroyed:
+                if self._lost:
+                    return
                 raise KernelBug(f"objects hold each other: {[(obj.id, obj.users) for obj in live]}")
 
     def each(self, kind: type[T]) -> Iterator[T]:

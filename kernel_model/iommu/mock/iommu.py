@@ -93,11 +93,12 @@ class MockIommu(IommuDriver):
         self.probe_device(device, 0)
         return device
 
-    def destroy_device(self, device: MockDevice) -> None:
-        """The number is free again; the group goes with its only device."""
-        if device.group is None or device.group.owner_cnt:
-            raise KernelBug(f"{device.name} goes while it is bound")
-        device.group = None
+    def destroy_device(self, device: MockDevice, unbound: bool) -> None:
+        """The number is free again; the group goes with its only device, unless iommufd has lost that."""
+        if unbound:
+            if device.group is None or device.group.owner_cnt:
+                raise KernelBug(f"{device.name} goes while it is bound")
+            device.group = None
         heapq.heappush(self._free, device.number)
 
     def probe_device(self, device: Device, rid: int) -> None:

@@ -26,12 +26,13 @@ class Selftest(Object):
 
     def destroy(self) -> None:
         """iommufd_selftest_destroy(); of what was made so far, when its birth fails."""
+        unbound = True
         if self.idev is not None:
             device_detach(self.idev, NO_PASID)
-            device_unbind(self.idev)
+            unbound = device_unbind(self.idev)
             self.idev = None
         if self.mock is not None:
-            self.ctx.kernel.mock_iommu.destroy_device(self.mock)
+            self.ctx.kernel.mock_iommu.destroy_device(self.mock, unbound)
             self.mock = None
 
 
