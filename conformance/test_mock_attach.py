@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from conformance.arena import arena
+from conformance.drivers.vfio import VfioDevice
 from conformance.mock import (
     APERTURE,
     SMALL,
@@ -55,6 +56,7 @@ from uapi.iommufd import (
     IOMMU_HWPT_ALLOC_PASID,
     IOMMU_HWPT_FAULT_ID_VALID,
 )
+from uapi.vfio import VFIO_DEVICE_ATTACH_IOMMUFD_PT, VFIO_DEVICE_ATTACH_PASID
 
 pytestmark = pytest.mark.needs("iommu", "mock")
 
@@ -190,6 +192,50 @@ def test_hwpt_that_a_device_enters_holds_what_the_ioas_maps(kernel: Backend, iom
     buffer.close()
 
 
+# -- beside another IOMMU -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("dma_device", "vfio_cdev")
+def test_hwpt_of_another_driver_is_einval_for_both(device: VfioDevice, iommu: File) -> None:
+    ioas = ioas_alloc(iommu)
+    own = hwpt_alloc(iommu, device.devid, ioas)
+    mock = mock_domain(iommu, ioas_alloc(iommu))
+    with fails(errno.EINVAL):
+        device.attach(mock.hwpt)
+    with fails(errno.EINVAL):
+        mock_domain(iommu, own)
+    with fails(errno.EINVAL):
+        mock_replace(iommu, mock.stdev, own)
+    assert mock_replace(iommu, mock.stdev, mock.hwpt) == mock.hwpt
+
+
+@pytest.mark.needs("dma_device", "vfio_cdev")
+def test_device_behind_another_iommu_gets_an_automatic_hwpt_of_its_own(device: VfioDevice, iommu: File) -> None:
+    ioas = ioas_alloc(iommu)
+    mock = mock_domain(iommu, ioas)
+    own = device.attach(ioas)
+    assert own != mock.hwpt
+    assert mock_domain(iommu, ioas).hwpt == mock.hwpt
+    assert device.attach(ioas) == own
+    assert iova_ranges(iommu, ioas) == [APERTURE]
+
+
+@pytest.mark.needs("dma_device", "vfio_cdev")
+@pytest.mark.since("6.15")
+def test_hwpt_of_another_driver_is_einval_for_a_pasid(device: VfioDevice, iommu: File) -> None:
+    ioas = ioas_alloc(iommu)
+    own = hwpt_alloc(iommu, device.devid, ioas, IOMMU_HWPT_ALLOC_PASID)
+    dev, (hwpt,) = ready(iommu)
+    with fails(errno.EINVAL):
+        VFIO_DEVICE_ATTACH_IOMMUFD_PT(device.file, flags=VFIO_DEVICE_ATTACH_PASID, pasid=5, pt_id=hwpt)
+    with fails(errno.EINVAL):
+        pasid_attach(iommu, dev.stdev, 5, own)
+    with attached(iommu, dev.stdev, [5], hwpt):
+        with fails(errno.EINVAL):
+            pasid_replace(iommu, dev.stdev, 5, own)
+        pasid_check(iommu, dev.stdev, 5, hwpt)
+
+
 # -- faults of an attachment -----------------------------------------------------------------------------------------
 
 
@@ -232,7 +278,7 @@ def reporting(iommu: File, mock: MockDevice, ioas: int, queue: Queue, flags: int
     return hwpt_alloc(iommu, mock.idev, ioas, FAULT | flags, fault_id=queue.id)
 
 
-@pytest.mark.since("6.11")
+@pytest.mark.has("fault-queue-on-paging-hwpt")
 def test_fault_of_a_device_is_told_while_it_is_attached(iommu: File, queue: Queue) -> None:
     ioas = ioas_alloc(iommu)
     mock = mock_domain(iommu, ioas)
@@ -246,7 +292,7 @@ def test_fault_of_a_device_is_told_while_it_is_attached(iommu: File, queue: Queu
     assert queue.faults() == []
 
 
-@pytest.mark.since("6.11")
+@pytest.mark.has("fault-queue-on-paging-hwpt")
 def test_device_made_on_a_reporting_hwpt(iommu: File, queue: Queue) -> None:
     ioas = ioas_alloc(iommu)
     mock = mock_domain(iommu, ioas)
@@ -256,7 +302,7 @@ def test_device_made_on_a_reporting_hwpt(iommu: File, queue: Queue) -> None:
     assert queue.faults() == [(LAST, second.idev, 0)]
 
 
-@pytest.mark.since("6.11")
+@pytest.mark.has("fault-queue-on-paging-hwpt")
 def test_replace_answers_what_waits(iommu: File, queue: Queue) -> None:
     ioas = ioas_alloc(iommu)
     mock = mock_domain(iommu, ioas)
@@ -273,7 +319,7 @@ def test_replace_answers_what_waits(iommu: File, queue: Queue) -> None:
     assert queue.faults() == [(LAST, mock.idev, 0)]
 
 
-@pytest.mark.since("6.11")
+@pytest.mark.has("fault-queue-on-paging-hwpt")
 def test_refused_replace_keeps_what_waits(iommu: File, queue: Queue) -> None:
     ioas = ioas_alloc(iommu)
     mock = mock_domain(iommu, ioas)
@@ -284,7 +330,7 @@ def test_refused_replace_keeps_what_waits(iommu: File, queue: Queue) -> None:
     assert queue.faults() == [(LAST, mock.idev, 0)]
 
 
-@pytest.mark.since("6.11")
+@pytest.mark.has("fault-queue-on-paging-hwpt")
 def test_device_that_goes_takes_only_its_own_faults_along(iommu: File, queue: Queue) -> None:
     ioas = ioas_alloc(iommu)
     mock = mock_domain(iommu, ioas)
