@@ -27,8 +27,9 @@ from iommulab.backends import model
 from iommulab.errors import UserError
 from iommulab.guest import Guest
 from iommulab.kernel_images import Image, find_image
-from iommulab.measure import AREA_COUNTS, Figures, client_figures, memmove_figures
-from iommulab.measure_dma import dma_figures
+from iommulab.measure import AREA_COUNTS, Figures
+from iommulab.measure.client import client_figures
+from iommulab.measure.dma import dma_figures, memmove_figures
 from iommulab.terminal import console
 from kernel_model.kernel import Kernel
 from uapi.backend import DEV_IOMMU

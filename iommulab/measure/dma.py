@@ -56,3 +56,11 @@ def dma_figures(seconds: float) -> Iterator[tuple[str, float]]:
             port = kernel.machine.function(address).dma
             yield from _figures(port, _DIRECT, "direct memory", seconds)
             yield from _figures(port, _CHECKED, "checked memory", seconds)
+
+
+def memmove_figures(seconds: float) -> Iterator[tuple[str, float]]:
+    """ctypes.memmove of the DMA sizes, the physical limit for a copy from Python."""
+    source, target = ctypes.create_string_buffer(MIB), ctypes.create_string_buffer(MIB)
+    here, there = ctypes.addressof(source), ctypes.addressof(target)
+    for length, name in ((8, "8 B"), (4 * KIB, "4 KiB"), (MIB, "1 MiB")):
+        yield f"memmove {name}", best(partial(ctypes.memmove, there, here, length), seconds=seconds)

@@ -1,28 +1,20 @@
-"""What `iommulab bench` measures, as one client of any backend.
-
-Every figure is the best of several rounds, in microseconds a call: the best is what the code costs when nothing else
-runs. The same functions run on the real kernel and on the model, in the same place, so that their ratio says something.
-`python -m iommulab.measure --backend MODULE:FACTORY` prints the figures as JSON; the bench runs that in a guest.
-"""
+"""The figures of one client of any backend: calls on /dev/iommu, mappings with and without a device, many areas."""
 
 from __future__ import annotations
 
-import argparse
-import ctypes
 import gc
-import importlib
-import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 from conformance.drivers.vfio import VfioDevice, functions
-from iommulab.measure_dirty import dirty_figures
-from iommulab.measure_invalidate import invalidate_figures
-from iommulab.measure_vevents import vevent_figures
+from iommulab.measure import EDU, GIB, KIB, MIB, best
+from iommulab.measure.dirty import dirty_figures
+from iommulab.measure.invalidate import invalidate_figures
+from iommulab.measure.ioctls import every_ioctl
+from iommulab.measure.vevents import vevent_figures
 from uapi.backend import DEV_IOMMU, Backend, File
 from uapi.iommufd import (
     IOMMU_DESTROY,
@@ -38,38 +30,9 @@ from uapi.iommufd import (
 )
 from uapi.vfio import VFIO_DEVICE_ATTACH_IOMMUFD_PT, VFIO_DEVICE_DETACH_IOMMUFD_PT
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-EDU = (0x1234, 0x11E8)
 _FLAGS = IOMMU_IOAS_MAP_FIXED_IOVA | IOMMU_IOAS_MAP_READABLE | IOMMU_IOAS_MAP_WRITEABLE
-#: Area counts of the scaling figures, and how many areas are added for one figure.
-AREA_COUNTS = (10, 1_000, 100_000, 1_000_000)
+#: How many areas are added for one figure.
 _ADDED = 200
-
-Figures = dict[str, float]
-
-
-def best(call: Callable[[], object], *, seconds: float, rounds: int = 5) -> float:
-    """Microseconds a call: the best round. A round lasts about `seconds` / `rounds`."""
-    call()
-    number = 1
-    while True:
-        took = _time(call, number)
-        if took > seconds / rounds / 4 or number >= 1 << 20:
-            break
-        number *= 4
-    number = max(1, int(number * seconds / rounds / max(took, 1e-9)))
-    return min(_time(call, number) for _ in range(rounds)) / number * 1e6
-
-
-def _time(call: Callable[[], object], number: int) -> float:
-    gc.disable()
-    try:
-        begin = time.perf_counter()
-        for _ in range(number):
-            call()
-        return time.perf_counter() - begin
-    finally:
-        gc.enable()
 
 
 def ioctl_figures(kernel: Backend, seconds: float) -> Iterator[tuple[str, float]]:
@@ -187,6 +150,7 @@ def device_figures(kernel: Backend, seconds: float) -> Iterator[tuple[str, float
 def client_figures(kernel: Backend, seconds: float, counts: tuple[int, ...]) -> Iterator[tuple[str, float]]:
     """All figures of one backend, as they are measured."""
     yield from ioctl_figures(kernel, seconds)
+    yield from every_ioctl(kernel)
     with kernel.open(DEV_IOMMU) as iommu:
         ioas_id = IOMMU_IOAS_ALLOC(iommu).out_ioas_id
         yield from map_figures(kernel, seconds, "no domain", iommu, ioas_id)
@@ -195,33 +159,3 @@ def client_figures(kernel: Backend, seconds: float, counts: tuple[int, ...]) -> 
     yield from invalidate_figures(kernel, partial(best, seconds=seconds))
     yield from vevent_figures(kernel)
     yield from area_figures(kernel, counts)
-
-
-def memmove_figures(seconds: float) -> Iterator[tuple[str, float]]:
-    """ctypes.memmove of the DMA sizes, the physical limit for a copy from Python."""
-    source, target = ctypes.create_string_buffer(MIB), ctypes.create_string_buffer(MIB)
-    here, there = ctypes.addressof(source), ctypes.addressof(target)
-    for length, name in ((8, "8 B"), (4 * KIB, "4 KiB"), (MIB, "1 MiB")):
-        yield f"memmove {name}", best(partial(ctypes.memmove, there, here, length), seconds=seconds)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m iommulab.measure")
-    parser.add_argument("--backend", required=True, metavar="MODULE:FACTORY")
-    parser.add_argument("--seconds", type=float, default=0.3, help="time for one figure")
-    parser.add_argument("--areas", type=int, default=AREA_COUNTS[-1], help="the largest number of areas")
-    parser.add_argument("--output", help="one JSON object a line: name and microseconds; standard output if not given")
-    args = parser.parse_args()
-    module, _, factory = args.backend.partition(":")
-    kernel: Backend = getattr(importlib.import_module(module), factory)()
-    counts = tuple(count for count in AREA_COUNTS if count <= args.areas)
-    with open(args.output, "w", encoding="utf-8") if args.output else nullcontext(sys.stdout) as output:
-        for name, microseconds in client_figures(kernel, args.seconds, counts):
-            output.write(json.dumps({"name": name, "us": microseconds}) + "\n")
-            output.flush()
-    kernel.close()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
