@@ -117,6 +117,15 @@ class IoPagetable:
                 return
             position = end + 1
 
+    def nth_area_iova(self, word: int) -> int:
+        """__iommufd_test_syz_conv_iova(): a fuzzer's IOVA. The low half counts areas, the high half is an offset in
+        one; 0 where there are not so many."""
+        number, offset = word & 0xFFFFFFFF, word >> 32
+        if number >= len(self.areas):
+            return 0
+        iova: int = self.areas.peekitem(number)[0]
+        return (iova + offset) & U64_MAX
+
     def reserved_hit(self, first: int, last: int) -> bool:
         return any(start <= last and end >= first for start, end, _ in self.reserved)
 

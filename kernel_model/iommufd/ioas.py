@@ -5,6 +5,7 @@ Here are the argument checks in the kernel's order; what a mapping is, is in `io
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from bisect import bisect_right
 from struct import Struct
@@ -49,6 +50,7 @@ from uapi.iommufd import (
     iommu_ioas_unmap,
     iommu_option,
 )
+from uapi.iommufd_test import MOCK_FLAGS_ACCESS_SYZ
 
 if TYPE_CHECKING:
     from kernel_model.iommufd.hwpt import HwptPaging
@@ -214,6 +216,10 @@ def ioas_copy(ucmd: UserCommand[Context, iommu_ioas_copy]) -> None:
     ENOENT source IOAS; EINVAL, EOVERFLOW, ENOENT source range; ENOENT destination IOAS; then
     `IoPagetable.map_pages`."""
     cmd, objects = ucmd.cmd, ucmd.ctx.objects
+    if cmd.flags & MOCK_FLAGS_ACCESS_SYZ:  # a kernel with CONFIG_IOMMUFD_TEST
+        cmd.flags &= ~MOCK_FLAGS_ACCESS_SYZ
+        with contextlib.suppress(KernelError):
+            cmd.src_iova = objects.get(cmd.src_ioas_id, Ioas).iopt.nth_area_iova(cmd.src_iova)
     if cmd.flags & ~_MAP_FLAGS:
         raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x}")
     if U64_MAX in (cmd.length, cmd.src_iova, cmd.dst_iova):

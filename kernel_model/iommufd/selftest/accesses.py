@@ -58,6 +58,13 @@ def _access_file(ucmd: TestCommand) -> AccessFile:
     return found
 
 
+def _iova(access: Access, word: int, flags: int) -> int:
+    """iommufd_test_syz_conv_iova(), where the flag asks for it."""
+    if not flags & abi.MOCK_FLAGS_ACCESS_SYZ:
+        return word
+    return access.ioas.iopt.nth_area_iova(word) if access.ioas is not None else 0
+
+
 @operation("IOMMU_TEST_OP_CREATE_ACCESS")
 def _create_access(ucmd: TestCommand) -> None:
     """EOPNOTSUPP: flags. ENOMEM: no descriptor is left. Then `Access.attach`. EFAULT: the reply."""
@@ -98,15 +105,16 @@ def _access_pages(ucmd: TestCommand) -> None:
     """ENOMEM: too long. EOPNOTSUPP: flags. EBADFD. EOPNOTSUPP: an access that pins nothing. Then `Access.pin_pages`.
     With an address: EFAULT, or EBADE if other pages are there. EFAULT: the reply. On an error nothing is pinned."""
     cmd = ucmd.cmd.access_pages
-    iova, length = cmd.iova, cmd.length
+    length = cmd.length
     if length > _LONGEST_ACCESS:
         raise KernelError(errno.ENOMEM, f"{length:#x} bytes")
-    if cmd.flags & ~abi.MOCK_FLAGS_ACCESS_WRITE:
+    if cmd.flags & ~(abi.MOCK_FLAGS_ACCESS_WRITE | abi.MOCK_FLAGS_ACCESS_SYZ):
         raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x}")
     file = _access_file(ucmd)
     access = file.attached
     if not access.needs_pin_pages:
         raise KernelError(errno.EOPNOTSUPP, "the access pins no pages")
+    iova = _iova(access, cmd.iova, cmd.flags)
     if injecting:
         kmalloc("an array of pages")
     pages = access.pin_pages(iova, length, bool(cmd.flags & abi.MOCK_FLAGS_ACCESS_WRITE))
@@ -143,13 +151,14 @@ def _access_rw(ucmd: TestCommand) -> None:
     cmd, call = ucmd.cmd.access_rw, ucmd.call
     if cmd.length > _LONGEST_ACCESS:
         raise KernelError(errno.ENOMEM, f"{cmd.length:#x} bytes")
-    if cmd.flags & ~(abi.MOCK_ACCESS_RW_WRITE | abi.MOCK_ACCESS_RW_SLOW_PATH):
+    if cmd.flags & ~(abi.MOCK_ACCESS_RW_WRITE | abi.MOCK_ACCESS_RW_SLOW_PATH | abi.MOCK_FLAGS_ACCESS_SYZ):
         raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x}")
     access = _access_file(ucmd).attached
     if injecting:
         kmalloc("a copy of the data")
     slow = bool(cmd.flags & abi.MOCK_ACCESS_RW_SLOW_PATH)
+    iova = _iova(access, cmd.iova, cmd.flags)
     if cmd.flags & abi.MOCK_ACCESS_RW_WRITE:
-        access.rw(call, cmd.iova, cmd.length, bytes(call.copy_from_user(cmd.uptr, cmd.length)), slow)
+        access.rw(call, iova, cmd.length, bytes(call.copy_from_user(cmd.uptr, cmd.length)), slow)
     else:
-        call.copy_to_user(cmd.uptr, access.rw(call, cmd.iova, cmd.length, None, slow))
+        call.copy_to_user(cmd.uptr, access.rw(call, iova, cmd.length, None, slow))

@@ -1,8 +1,6 @@
 """The table of IOMMU_TEST_CMD's operations, and how they look at the caller's pages.
 
-Left out, and EOPNOTSUPP like an unknown operation: MD_CHECK_IOTLB, TRIGGER_IOPF,
-TRIGGER_VEVENT, DMABUF_GET, DMABUF_REVOKE; and the fuzzer's
-way to give an IOVA (MOCK_FLAGS_ACCESS_SYZ), here and in the IOAS calls.
+Left out, and EOPNOTSUPP like an unknown operation: TRIGGER_IOPF, TRIGGER_VEVENT.
 """
 
 from __future__ import annotations
