@@ -143,3 +143,28 @@ def test_nothing_is_written_where_nothing_is_dirty() -> None:
     bitmap = IovaBitmap(memory, 0, 1 << 20, 4096, 0x10000)  # type: ignore[arg-type]
     bitmap.flush()
     assert memory.data == bytes(2 * PAGE)
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_leaf_of_many_pages_of_the_bitmap(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = random.Random(seed)
+    window = chance.choice([1, 2, 3, 512])
+    monkeypatch.setattr("kernel_model.iommufd.iova_bitmap._WINDOW_PAGES", window)
+    monkeypatch.setattr(Plain, "WINDOW", window)
+    shift, pages = 20, chance.choice([8, 16, 32])  # a leaf is 16, 8 or 4 KiB of the bitmap
+    iova = (1 << 30) + chance.choice([0, 2048, 4096, 1 << 19, (1 << 20) - 4096])
+    length = chance.randint(1, 3 << 8) * 4096
+    bad = {page for page in range(12) if chance.random() < 0.1}
+    made = [Memory(0x10000, 12, bad, 0) for _ in range(2)]
+    data = 0x10000 + chance.randrange(2 * PAGE)
+    bitmap = IovaBitmap(made[0], iova, length, pages, data)  # type: ignore[arg-type]
+    plain = Plain(made[1], iova, length, pages, data)
+    first = iova >> shift
+    count = ((iova + length - 1) >> shift) - first + 1
+    dirty = chance.getrandbits(count) | 1 << (count - 1)
+    bitmap.set_leaves(first << shift, shift, count, dirty)
+    bitmap.flush()
+    for index in range(count):
+        if dirty >> index & 1:
+            plain.set((first + index) << shift, 1 << shift)
+    assert made[0].data == made[1].data
