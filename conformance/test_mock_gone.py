@@ -142,6 +142,7 @@ def test_second_domain_takes_them_from_the_first(
     assert unmap_all(iommu, ioas) == SIZE
 
 
+@pytest.mark.since("6.6")
 def test_new_hwpt_takes_them_from_the_first(
     iommu: File, ioas: int, client: Client, access: int, buffer: Buffer
 ) -> None:
