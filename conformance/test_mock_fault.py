@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from conformance.arena import Arena, arena
+from conformance.drivers.vfio import VfioDevice
 from conformance.mock import (
     FaultIds,
     PageFault,
@@ -160,6 +161,12 @@ def test_trigger_on_what_is_no_device_is_enoent(iommu: File, setting: Setting) -
     for number in (0, ids.ioas, ids.stdev, ids.hwpt, ids.fault, 99):
         with fails(errno.ENOENT):
             trigger_iopf(iommu, number)
+
+
+@pytest.mark.needs("vfio_cdev", "root")
+def test_trigger_on_a_real_device_is_einval(device: VfioDevice, iommu: File) -> None:
+    with fails(errno.EINVAL):
+        trigger_iopf(iommu, device.devid)
 
 
 def test_trigger_writes_no_reply(iommu: File, setting: Setting) -> None:

@@ -8,6 +8,7 @@ import os
 import select
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.file import FileDescription, SystemCall
 from kernel_model.kernel import Kernel
+from kernel_model.process import TASK_SIZE
 from uapi.backend import DEV_IOMMU, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, File
 from uapi.iommufd import IOMMU_DESTROY, IOMMU_FAULT_QUEUE_ALLOC, IOMMU_IOAS_ALLOC, IOMMU_IOAS_MAP
 
@@ -234,6 +236,8 @@ def test_write_of_a_file_that_is_open_for_reading_is_ebadf(kernel: Kernel, probe
         assert file.read(2) == b"xx"
         with refused(errno.EBADF):
             file.write(b"data")
+        with refused(errno.EBADF):
+            file.write_from(0, 0)
         with refused(errno.EACCES):
             file.mmap(PAGE, prot=PROT_READ | PROT_WRITE)
         file.mmap(PAGE, prot=PROT_READ).close()
@@ -242,11 +246,23 @@ def test_write_of_a_file_that_is_open_for_reading_is_ebadf(kernel: Kernel, probe
 def test_read_of_a_file_that_is_open_for_writing_is_ebadf(kernel: Kernel, probe: Probe) -> None:
     with kernel.open("/dev/probe", os.O_WRONLY) as file:
         assert file.write(b"data") == 4
-        for read in (lambda: file.read(1), lambda: file.pread(1, 0)):
+        for read in (lambda: file.read(1), lambda: file.pread(1, 0), lambda: file.read_to(0, 0)):
             with refused(errno.EBADF):
                 read()
         with refused(errno.EACCES):
             file.mmap(PAGE, prot=PROT_READ)
+
+
+def test_read_and_write_at_an_address(kernel: Kernel, probe: Probe) -> None:
+    with kernel.open("/dev/probe") as file, closing(kernel.buffer(PAGE)) as buffer:
+        assert file.read_to(buffer.address + 8, 3) == 3
+        assert bytes(buffer.view[:12]) == bytes(8) + b"xxx" + bytes(1)
+        assert file.write_from(buffer.address + 8, 3) == 3
+        for address in (0, TASK_SIZE - 2, TASK_SIZE, (1 << 64) - 3):
+            for call in (file.read_to, file.write_from):
+                with refused(errno.EFAULT):
+                    call(address, 3)
+        assert file.write_from(TASK_SIZE, 0) == 0
 
 
 def test_negative_count_or_offset_is_einval(kernel: Kernel, probe: Probe) -> None:
