@@ -12,6 +12,7 @@ and `uapi`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import marshal
@@ -127,22 +128,22 @@ class Executor:
         #: An iommufd that is open for the next program, and how much of the work region the last one had.
         self._fresh = -1
         self._opened: list[int] = []
+        self._main = -1
         self._used = len(self.memory.work)
 
     def close(self) -> None:
         """Give memory and descriptors back."""
         if self._fresh >= 0:
-            self._door.close(self._fresh)
+            os.close(self._fresh)
         self.memory.close()
         for fd in [*self._low, NULL_FD]:
             os.close(fd)
 
     def abandon(self) -> None:
-        """Give back what is known to be open after a run that an exception ended."""
-        for fd in [*self._opened, self._fresh]:
-            if fd >= 0:
+        """Give all back after a run that an exception ended; what it had closed already stays so."""
+        for fd in {*self._opened, self._main}:
+            with contextlib.suppress(OSError):
                 os.close(fd)
-        self._fresh = -1
         self.close()
 
     def run(self, image: bytes, steps: Sequence[Step], main_first: bool = False) -> Answer:
@@ -152,7 +153,8 @@ class Executor:
         ctypes.memset(WORK, 0, self._used)
         self._used = min(len(image) + PAGE, len(work))
         work[: len(image)] = image
-        iommu, self._fresh = (door.open() if self._fresh < 0 else self._fresh), -1
+        iommu = self._main = door.open() if self._fresh < 0 else self._fresh
+        self._fresh = -1
         opened: list[int] = []
         self._opened = opened
         slots: list[int] = []

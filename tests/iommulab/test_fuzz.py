@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -135,7 +136,10 @@ def test_rendered_python_does_on_the_model_what_the_program_does(capsys: pytest.
         ]
     )
     text = as_python(program).replace('LinuxBackend()  # or Kernel("mock")', 'Kernel("mock")')
-    exec(compile(text, "rendered", "exec"), {})
+    names: dict[str, Any] = {}
+    exec(compile(text, "rendered", "exec"), names)
+    names["iommu"].close()
+    names["kernel"].close()
     said = capsys.readouterr().out.split("\n")
     assert said[:5] == [
         "IOMMU_IOAS_ALLOC = 0",
@@ -235,7 +239,7 @@ def test_a_death_costs_one_program(model: ModelSide, target: Target) -> None:
 def test_a_broken_model_is_booted_again(model: ModelSide, monkeypatch: pytest.MonkeyPatch) -> None:
     program = generate(1, 1)
     before = digest(answer(model, program))
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch:  # every call of the model fails as no call may
         patch.setattr("kernel_model.door.ModelFile.ioctl", lambda *_: 1 // 0)
         found = model.run(program, compile_program(program))
     assert isinstance(found, Broken)
