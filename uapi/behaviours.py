@@ -120,6 +120,7 @@ TABLE: tuple[Behaviour, ...] = (
         SOURCE,
         backports=_LATE_612,
         between=("6.12.95", "6.12.117"),
+        test="conformance/test_mock_fault_file.py::test_read_without_room_is_einval_while_something_waits",
     ),
     _row(
         "mmap-of-iommufd",

@@ -1,7 +1,4 @@
-"""The table of IOMMU_TEST_CMD's operations, and how they look at the caller's pages.
-
-Left out, and EOPNOTSUPP like an unknown operation: TRIGGER_IOPF, TRIGGER_VEVENT.
-"""
+"""The table of IOMMU_TEST_CMD's operations, and how they look at the caller's pages."""
 
 from __future__ import annotations
 

@@ -187,3 +187,11 @@ def test_every_request_is_read_once_in_whole_groups_and_in_order(steps: list[tup
             assert answer_faults(reporting.queue, *ends) == 8 * len(ends)
         if not waiting:
             assert reporting.queue.read(0) == b""
+
+
+def test_older_release_reads_nothing_where_the_first_group_does_not_fit() -> None:
+    with Kernel("mock", "7.1") as kernel:
+        reporting = Reporting(kernel)
+        reporting.request(1, 0x1000)
+        reporting.request(1, 0x2000, last=True)
+        assert (reporting.read(0), reporting.read(1), len(reporting.read(2))) == ([], [], 2)
