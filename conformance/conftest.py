@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from conformance.fail_nth import FailNth
 from conformance.offers import PROBES, number, older
 from uapi.backend import DEV_IOMMU, Backend
 from uapi.behaviours import BY_ID
@@ -51,6 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("iommulab conformance")
     group.addoption("--backend", default="iommulab.backends:model", help="MODULE:FACTORY of the kernel under test")
     group.addoption("--backend-option", action="append", default=[], metavar="KEY=VALUE", help="given to the factory")
+    group.addoption("--fail-nth", type=int, metavar="N", help="sweep failures (fail_nth.py) in N tests (0: in all)")
     group.addoption("--events", help="append one JSON object a line to this file as the run goes on")
     group.addoption("--only", metavar="FILE", help="run just the test ids listed in this file, one a line")
     group.addoption("--test-time", type=float, default=120.0, help="seconds that one test may take (0: no limit)")
@@ -87,7 +89,8 @@ def _factory(config: pytest.Config) -> Callable[[], Backend]:
 @pytest.fixture
 def kernel(request: pytest.FixtureRequest) -> Iterator[Recorder]:
     """The kernel under test. What the test leaves open is closed after it."""
-    recorder = Recorder(request.config.stash[_FACTORY]())
+    backend = request.config.stash[_FACTORY]()
+    recorder = Recorder(backend if request.config.getoption("fail_nth") is None else FailNth(backend))
     request.node.stash[_RECORDER] = recorder
     yield recorder
     recorder.close()
@@ -110,6 +113,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         order = {name: position for position, name in enumerate(wanted) if name}
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in order])
         items[:] = sorted((item for item in items if item.nodeid in order), key=lambda item: order[item.nodeid])
+    count = config.getoption("fail_nth")
+    if count and not config.getoption("only"):
+        chosen = {items[index * len(items) // count] for index in range(min(count, len(items)))}
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
     backend = config.stash[_FACTORY]()
     try:
         for item in items:
@@ -199,7 +207,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             "calls": recorder.calls() if recorder is not None else [],
             "dropped": recorder.dropped if recorder is not None else 0,
             "notes": recorder.notes if recorder is not None else {},
-            "markers": markers_of(item),
+            "markers": markers_of(item) | swept(recorder),
         }
 
 
@@ -302,6 +310,12 @@ def markers_of(item: pytest.Item) -> dict[str, list[Any]]:
         if marker.name in names:
             found.setdefault(marker.name, []).extend(marker.args)
     return found
+
+
+def swept(recorder: Recorder | None) -> dict[str, list[Any]]:
+    """How many calls of the test met failures, and how many of these."""
+    backend = recorder.inner if recorder is not None else None
+    return {"fail_nth": [backend.calls, backend.injected.total()]} if isinstance(backend, FailNth) else {}
 
 
 def _skip_reason(report: pytest.TestReport) -> str:

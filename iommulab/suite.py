@@ -126,6 +126,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--record", type=Path, metavar="FILE", help="keep the run's JSON here too (.json or .json.gz)")
     parser.add_argument("-k", dest="expression", metavar="EXPR", help="tests whose names match, as in pytest")
     parser.add_argument("-n", dest="workers", type=_count, metavar="N", help="parallel processes on the model")
+    parser.add_argument(
+        "--fail-nth",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="N",
+        help="each ioctl of N tests (default: of all) first meets every failure that it can",
+    )
     parser.add_argument("--test-time", type=_seconds, default=120.0, metavar="SECONDS", help="limit of one test")
     parser.add_argument("--total-time", type=_seconds, default=1500.0, metavar="SECONDS", help="limit of the run")
     parser.set_defaults(run=run)
@@ -156,6 +164,8 @@ def run(args: argparse.Namespace) -> int:
     if args.expression:
         selection = ["-k", args.expression, *selection]
     selection = ["--test-time", f"{args.test_time:g}", *selection]
+    if args.fail_nth is not None:
+        selection = ["--fail-nth", str(args.fail_nth), *selection]
     results = Results(on=args.on, machine=args.machine if args.on != "linux" else "")
     try:
         args.report.mkdir(parents=True, exist_ok=True)
@@ -235,6 +245,10 @@ def print_table(console: Console, results: Results) -> None:
     console.print()
     console.print(table, soft_wrap=False)
     console.print(f"{len(results.tests)} tests in {results.duration:.1f} s", highlight=False)
+    swept = [test.markers["fail_nth"] for test in results.tests if "fail_nth" in test.markers]
+    if swept:
+        calls, failures = (sum(int(pair[index]) for pair in swept) for index in (0, 1))
+        console.print(f"{failures} failures injected into {calls} calls of {len(swept)} tests", highlight=False)
 
 
 def rerun_options(args: argparse.Namespace) -> list[str]:
@@ -248,6 +262,8 @@ def rerun_options(args: argparse.Namespace) -> list[str]:
         options += ["--kernel", args.kernel]
     if args.dmabuf_get != "fd":
         options += ["--dmabuf-get", args.dmabuf_get]
+    if args.fail_nth is not None:
+        options += ["--fail-nth"]
     if args.kernel_image:
         options += ["--kernel-image", str(args.kernel_image)]
     return options

@@ -41,14 +41,18 @@ EVERYTHING = (*MEMORY, USERCOPY)
 class Task:
     """`task->fail_nth` of one task, or of none in particular (tid 0)."""
 
-    __slots__ = ("faults", "kinds", "left", "site")
+    __slots__ = ("faults", "kinds", "left", "site", "spare")
 
-    def __init__(self, faults: FaultInjection, left: int, kinds: Collection[str] | None) -> None:
+    def __init__(
+        self, faults: FaultInjection, left: int, kinds: Collection[str] | None, spare: Collection[str] = ()
+    ) -> None:
         self.faults = faults
         #: The failure is the `left`-th possible one from now; 0: none is awaited.
         self.left = left
         #: What counts, whatever debugfs says; None: all that debugfs does not exclude.
         self.kinds = kinds
+        #: Places that do not count.
+        self.spare = spare
         #: What failed.
         self.site = ""
 
@@ -112,15 +116,13 @@ class FaultInjection:
 
     # -- fail-nth ----------------------------------------------------------------------------------------------------
 
-    def set_nth(self, tid: int, nth: int, kinds: Collection[str] | None = None) -> Task:
+    def set_nth(self, tid: int, nth: int) -> None:
         """The task's `nth` possible failure from now on happens; 0 takes that back."""
-        task = Task(self, nth, kinds)
-        if nth:
-            self.tasks[tid] = task
-        else:
-            self.tasks.pop(tid, None)
+        self.set_task(tid, Task(self, nth, None))
+
+    def set_task(self, tid: int, task: Task) -> None:
+        self.tasks[tid] = task
         self.changed()
-        return task
 
     def get_nth(self, tid: int) -> int:
         task = self.tasks.get(tid)
@@ -174,7 +176,7 @@ class FaultInjection:
 
 def _fails(kind: str, what: str, size: int = 1, *, gfp_wait: bool = True) -> bool:
     task = injecting.get(threading.get_ident())
-    if task is None:
+    if task is None or what in task.spare:
         return False
     attributes = task.faults.attributes[kind]
     if kind == SLAB:
@@ -228,12 +230,12 @@ def spared() -> Iterator[None]:
 class Injection:
     """`with kernel.fail_nth(n) as injection:` makes the n-th failure of this thread's calls in the block happen."""
 
-    def __init__(self, kernel: Kernel, nth: int, kinds: Collection[str]) -> None:
+    def __init__(self, kernel: Kernel, nth: int, kinds: Collection[str], spare: Collection[str]) -> None:
         if nth < 1:
             raise ValueError(f"the first failure is number 1, not {nth}")
         self._kernel = kernel
         self._tid = threading.get_native_id()
-        self._task = Task(kernel.faults, nth, tuple(kinds))
+        self._task = Task(kernel.faults, nth, tuple(kinds), frozenset(spare))
 
     @property
     def injected(self) -> bool:
@@ -251,8 +253,7 @@ class Injection:
         return self._task.site
 
     def __enter__(self) -> Injection:
-        faults = self._kernel.faults
-        self._task = faults.set_nth(self._tid, self._task.left, self._task.kinds)
+        self._kernel.faults.set_task(self._tid, self._task)
         return self
 
     def __exit__(

@@ -17,6 +17,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Protocol
 
 from kernel_model.errors import KernelError
+from kernel_model.fault_injection import injecting, usercopy
 from kernel_model.process import TASK_SIZE
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class SystemCall:
 
     def copy_from_user(self, address: int, length: int) -> bytes | memoryview:
         """`length` bytes of the caller's memory; EFAULT where they cannot be read."""
+        if injecting:
+            usercopy("copy_from_user()")
         if self._base <= address and address + length <= self._end:
             start = address - self._base
             return self._block[start : start + length]
@@ -67,6 +70,8 @@ class SystemCall:
 
     def copy_to_user(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Store `data` in the caller's memory; EFAULT where it cannot be written."""
+        if injecting:
+            usercopy("copy_to_user()")
         length = len(data)
         if self._base <= address and address + length <= self._end:
             start = address - self._base

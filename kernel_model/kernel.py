@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from fakedev.machine import Machine
 from fakedev.machine import machine as build_machine
 from kernel_model.client_memory import ClientBuffer, ClientMemory, MmBacking
+from kernel_model.digest import Fact, difference, digest, leftovers
 from kernel_model.door import Descriptor, MemoryMapping, ModelClient, ModelFile, ModelMapping, fill
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.fault_injection import MEMORY, FaultInjection, Injection, injecting, kmalloc
@@ -138,6 +139,8 @@ class Kernel:
         self.own_call = SystemCall(self, self.process)
         _live.add(self)
         boot(self)
+        #: Pages of tables and queues that the drivers hold as long as they run.
+        self.pages_at_boot = self.pages.live
 
     # -- the Backend protocol ----------------------------------------------------------------------------------------
 
@@ -193,13 +196,28 @@ class Kernel:
         """Whether calls are served: neither closed, nor a copy in a forked child."""
         return not self._dead
 
-    def fail_nth(self, nth: int, kinds: Collection[str] = MEMORY) -> Injection:
+    def fail_nth(self, nth: int, kinds: Collection[str] = MEMORY, spare: Collection[str] = ()) -> Injection:
         """In the block that this opens, the `nth` thing that can fail in calls of this thread does.
 
         `kinds` are what counts: by default the allocations (`fault_injection.MEMORY`), with `EVERYTHING` also copies
-        from and to the caller's memory. It stands above what the files in debugfs say. ValueError: `nth` less than 1.
+        from and to the caller's memory; `spare` names places that do not. It stands above what the files in debugfs
+        say. ValueError: `nth` less than 1.
         """
-        return Injection(self, nth, kinds)
+        return Injection(self, nth, kinds, spare)
+
+    def digest(self) -> list[Fact]:
+        """What the kernel holds, to be compared: see `kernel_model.digest`."""
+        with self.entered():
+            return digest(self)
+
+    def difference(self, before: list[Fact], after: list[Fact]) -> list[str]:
+        """Where two digests differ, a line each."""
+        return difference(before, after)
+
+    def leftovers(self) -> list[str]:
+        """What is still held though every descriptor is closed: leaks, a line each."""
+        with self.entered():
+            return leftovers(self)
 
     def failure_notes(self) -> list[str]:
         """What the hardware has to say for a failing test's report: refused DMAs, then how the last others went."""
@@ -354,6 +372,18 @@ class Kernel:
     def user(self, uid: int) -> User:
         """The `struct user_struct` of a uid."""
         return self._users.setdefault(uid, User(uid))
+
+    def users(self) -> list[User]:
+        """Every user that has been asked for."""
+        return list(self._users.values())
+
+    def processes(self) -> list[Process]:
+        """The clients."""
+        return list(self._processes.values())
+
+    def descriptors(self) -> list[Descriptor]:
+        """What is open."""
+        return list(self._descriptors.values())
 
     def add_process(self, pid: int, credentials: Credentials) -> Process:
         """Make a process known as a client. EAGAIN: the model has room for 15 of them."""

@@ -178,10 +178,10 @@ class SecondStageDomain(Domain):
         info = _info(device)
         unit = info.unit
         self._check_compatible(unit)
+        if injecting:
+            kmalloc("struct iommu_domain_info")
         entry = self._ids.get(unit)
         if entry is None:
-            if injecting:
-                kmalloc("struct iommu_domain_info")
             did = unit.alloc_domain_id()
             if did is None:
                 raise KernelError(errno.ENOSPC, "the unit has no free domain id")
