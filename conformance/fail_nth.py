@@ -50,7 +50,11 @@ TURNED = ("iopt_table_enforce_dev_resv_regions()",)
 #: cannot be attached anew loses its reserved regions, which the kernel takes from the target even if that is the IOAS
 #: it is in; Intel's driver has blocked it before it looks for memory, and the core does not move it back. Of the two
 #: cuts that an unmap in the VFIO manner makes, the first stays.
+#: A page request or an event that finds no memory is lost, which the call that triggers it does not tell, or tells and
+#: counts the event all the same.
 LEFT = {
+    "IOMMU_TEST_OP_TRIGGER_IOPF": ("struct iopf_fault", "struct iopf_group"),
+    "IOMMU_TEST_OP_TRIGGER_VEVENT": ("struct iommufd_vevent",),
     "VFIO_IOMMU_UNMAP_DMA": ("struct iopt_area on the left", "struct iopt_area on the right"),
     "VFIO_DEVICE_ATTACH_IOMMUFD_PT again": (
         "struct iommufd_attach_handle",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 
 from kernel_model.errors import KernelError
+from kernel_model.fault_injection import injecting, kmalloc
 from kernel_model.interval import U64_MAX
 from kernel_model.ioctl import UserCommand
 from kernel_model.iommu.core import Domain
@@ -76,6 +77,8 @@ def get_dirty_bitmap(ucmd: UserCommand[Context, iommu_hwpt_get_dirty_bitmap]) ->
     if not page_size or (iova | end) & (page_size - 1):
         raise KernelError(errno.EINVAL, f"page size {page_size:#x}")
     domain = _tracked(hwpt)
+    if injecting:
+        kmalloc("struct iova_bitmap")
     mapped = _mapped_from(hwpt.ioas.iopt, iova, end - 1)
     if mapped:
         bitmap = IovaBitmap(ucmd.call, iova, length, page_size, cmd.data)

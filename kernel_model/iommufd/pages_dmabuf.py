@@ -40,6 +40,8 @@ class DmabufPages(Pages):
         if dmabuf.size <= start + length - 1 or length // PAGE_SIZE >= _MOST_PAGES:
             raise KernelError(errno.EINVAL, f"the dma-buf ends at {dmabuf.size:#x}")
         super().__init__(kernel, process, start & PAGE_MASK, length, writable)
+        if injecting:
+            kmalloc("struct dma_buf_attachment")
         self.account_mode = ACCOUNT_NONE
         self.start = start & ~PAGE_MASK
         self._dmabuf = dmabuf

@@ -6,6 +6,7 @@ import errno
 
 from kernel_model.bitmask import ones
 from kernel_model.errors import KernelError
+from kernel_model.fault_injection import injecting, kmalloc
 from kernel_model.interval import U64_MAX
 from kernel_model.iommu.mock.domain import MockPagingDomain
 from kernel_model.iommufd.hwpt import HwptPaging
@@ -46,6 +47,8 @@ def _dirty(ucmd: TestCommand) -> None:
         raise KernelError(errno.EINVAL, f"HWPT {ucmd.cmd.id} is no mock domain")
     if not domain.tracks_dirty:
         raise KernelError(errno.EINVAL, "dirty tracking is off")
+    if injecting:
+        kmalloc("a copy of the bitmap")
     bits = int.from_bytes(ucmd.call.copy_from_user(address, (count + 7) // 8), "little") & ones(count)
     if not has(ucmd.ctx.kernel.release, "mock-generic-pt"):
         # The array of 2 KiB pages was indexed in the caller's page size, and a bit over a hole counted for nothing.

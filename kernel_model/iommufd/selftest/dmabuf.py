@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kernel_model.dma_buf import DmaBuf, dma_buf_get
 from kernel_model.errors import KernelError
+from kernel_model.fault_injection import injecting, kmalloc
 from kernel_model.iommufd.selftest.operations import TestCommand, operation
 from kernel_model.process import PAGE_MASK, PAGE_SIZE
 
@@ -50,6 +51,9 @@ def _dmabuf_get(ucmd: TestCommand) -> int:
     size = (cmd.length + PAGE_MASK) & ~PAGE_MASK
     if not 0 < size <= _LONGEST:
         raise KernelError(errno.EINVAL, f"a dma-buf of {cmd.length:#x} bytes")
+    if injecting:
+        for what in ("struct iommufd_test_dma_buf", "its memory", "struct dma_buf"):
+            kmalloc(what)
     fd = kernel.install_for(process, MockDmaBuf(kernel, size))
     if process.is_self and not cmd.open_flags & os.O_CLOEXEC:
         os.set_inheritable(fd, True)
