@@ -25,6 +25,7 @@ from kernel_model.iommu.core import (
     IOMMU_DOMAIN_IDENTITY,
     IOMMU_READ,
     IOMMU_RESV_MSI,
+    IOMMU_WRITE,
     Device,
     Domain,
     IommuDriver,
@@ -229,7 +230,9 @@ class SecondStageDomain(Domain):
         self._map(iova, pa, length, prot, self.pgsize_bitmap & -self.pgsize_bitmap)
 
     def _map(self, iova: int, pa: int, length: int, prot: int, sizes: int) -> None:
-        freed = self.table.map(iova, pa, length, prot | self._always, sizes)
+        if prot & IOMMU_WRITE:
+            prot |= self._always
+        freed = self.table.map(iova, pa, length, prot, sizes)
         if freed:
             self.cache_tags.flush_range(iova, iova + length - 1)
             self._free(freed)
@@ -271,7 +274,7 @@ class IntelIommu(IommuDriver):
 
     def __init__(self, unit: IntelUnit, number: int = 0, *, write_only: bool = True) -> None:
         self.unit = unit
-        #: Older drivers set bit 0 in every entry: "present" in a first stage, but "may be read" in a second.
+        #: Older drivers set bit 0 in every entry that is readable or writable: "present" in a first stage, but "may be read" in a second.
         self.always = 0 if write_only else IOMMU_READ
         self.sysfs_name = f"dmar{number}"
         self.pages = unit.pages
