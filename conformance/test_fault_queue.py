@@ -15,7 +15,7 @@ import pytest
 
 from conformance.arena import Arena, arena
 from conformance.drivers.vfio import VfioDevice
-from conformance.steps import destroy, fails, ioas_alloc
+from conformance.steps import destroy, fails, hwpt_alloc, ioas_alloc
 from uapi.backend import Backend, File
 from uapi.iommufd import IOMMU_FAULT_QUEUE_ALLOC, IOMMU_HWPT_ALLOC, IOMMU_HWPT_FAULT_ID_VALID, iommu_hwpt_page_response
 
@@ -149,3 +149,22 @@ def test_hwpt_keeps_the_queue(kernel: Backend, device: VfioDevice, iommu: File, 
         destroy(iommu, fault)
     destroy(iommu, hwpt)
     destroy(iommu, fault)
+
+
+@pytest.mark.has("fault-queue-on-paging-hwpt")
+@pytest.mark.needs("iommu", "root", "vfio_cdev")
+def test_device_that_makes_no_page_requests_cannot_attach_to_a_hwpt_that_reports_them(
+    kernel: Backend, device: VfioDevice, iommu: File, ioas: int
+) -> None:
+    """What it was attached to before, it still is."""
+    fault, file = queue(kernel, iommu)
+    hwpt = hwpt_alloc(iommu, device.devid, ioas, IOMMU_HWPT_FAULT_ID_VALID, fault_id=fault)
+    with file:
+        with fails(errno.ENODEV):
+            device.attach(hwpt)
+        automatic = device.attach(ioas)
+        with fails(errno.ENODEV):
+            device.attach(hwpt)
+        with fails(errno.EBUSY):
+            destroy(iommu, automatic)
+        destroy(iommu, hwpt)

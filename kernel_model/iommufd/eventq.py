@@ -135,9 +135,9 @@ class Fault(Object):
 
     def _abandon(self, which: Callable[[IopfGroup], bool]) -> None:
         unread = [group for group in self.deliver if which(group)]
-        for group in unread:
-            self.deliver.remove(group)
-        self.wake()
+        if unread:
+            self.deliver = deque(group for group in self.deliver if not which(group))
+            self.wake()
         read = [cookie for cookie, group in sorted(self.response.items()) if which(group)]
         for group in [*unread, *(self.response[cookie] for cookie in read)]:
             iopf_group_response(group, IOMMU_PAGE_RESP_INVALID)

@@ -35,7 +35,7 @@ _FLAGS = (
     "IOMMU_HWPT_FAULT_ID_VALID",
     "IOMMU_HWPT_ALLOC_PASID",
 )
-_NESTED_FLAGS = IOMMU_HWPT_FAULT_ID_VALID | IOMMU_HWPT_ALLOC_PASID
+_NESTED_FLAGS = ("IOMMU_HWPT_FAULT_ID_VALID", "IOMMU_HWPT_ALLOC_PASID")
 
 
 class Hwpt(Object):
@@ -183,7 +183,8 @@ def nested_alloc(ctx: Context, parent: HwptPaging, dev: core.Device, flags: int,
     or is another driver's. Then the driver's errnos.
     """
     driver = dev.iommu
-    if flags & ~_NESTED_FLAGS or not user_data.length or driver is None or not driver.has_nested:
+    known = ctx.kernel.profile.mask(*_NESTED_FLAGS)
+    if flags & ~known or not user_data.length or driver is None or not driver.has_nested:
         raise KernelError(errno.EOPNOTSUPP, f"flags {flags:#x} with {user_data.length} bytes of data")
     below = parent.domain
     if parent.auto_domain or not parent.nest_parent or below is None or below.owner is not driver:

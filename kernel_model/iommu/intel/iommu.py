@@ -171,7 +171,8 @@ class SecondStageDomain(Domain):
         return self._ids[unit][0]
 
     def attach_dev(self, device: Device, old: Domain | None) -> None:
-        """intel_iommu_attach_device(). EINVAL: incompatible unit; ENOSPC: no domain id is left; ENOMEM.
+        """intel_iommu_attach_device(). EINVAL: incompatible unit; ENODEV: it is to report page requests, and no device
+        of the model makes any; ENOSPC: no domain id is left; ENOMEM.
 
         After an error the device is blocked; the core moves it back.
         """
@@ -179,6 +180,8 @@ class SecondStageDomain(Domain):
         info = _info(device)
         unit = info.unit
         self._check_compatible(unit)
+        if self.iopf_handler is not None:
+            raise KernelError(errno.ENODEV, f"{device.name} makes no page requests")
         if injecting:
             kmalloc("struct iommu_domain_info")
         entry = self._ids.get(unit)
