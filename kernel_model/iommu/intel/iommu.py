@@ -277,7 +277,7 @@ class IntelIommu(IommuDriver):
 
     def __init__(self, unit: IntelUnit, number: int = 0, *, write_only: bool = True) -> None:
         self.unit = unit
-        #: Older drivers set bit 0 in every entry that is readable or writable: "present" in a first stage, but "may be read" in a second.
+        #: Older drivers set bit 0 in every entry: "present" in a first stage, but "may be read" in a second.
         self.always = 0 if write_only else IOMMU_READ
         self.sysfs_name = f"dmar{number}"
         self.pages = unit.pages
