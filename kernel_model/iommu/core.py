@@ -391,7 +391,14 @@ def detach_group_handle(domain: Domain, group: Group) -> None:
 
 
 def replace_group_handle(group: Group, new: Domain, handle: AttachHandle) -> None:
-    """Move the group to `new` without a stop in the blocking domain. On an error it stays where it was."""
+    """Move the group to `new` without a stop in the blocking domain. On an error it stays where it was.
+
+    EINVAL: wrong IOMMU. 7.3.4 does not look, and hands the device to another IOMMU's driver: a mock device that is
+    moved to a HWPT of VT-d, or the other way round, takes that kernel down.
+    """
+    driver = group.devices[0].iommu
+    if driver is None or not _ops_compatible(driver, new):
+        raise KernelError(errno.EINVAL, f"the domain belongs to another IOMMU than group {group.id}")
     group_set_domain(group, new)
     handle.domain = new
     group.pasid_array[IOMMU_NO_PASID] = handle
