@@ -7,11 +7,12 @@ _iommufd_object_depend() of driver.c, and mock_hw_queue_init_phys() of selftest.
 from __future__ import annotations
 
 import errno
+import os
 
 import pytest
 
 from conformance.arena import Arena, arena
-from conformance.mock import APERTURE, SMALL, check_refs, create_access
+from conformance.mock import APERTURE, SMALL, check_refs, create_access, dmabuf_get
 from conformance.mock_guest import HW_QUEUE_TYPE, Guest, guest, hw_queue_alloc, viommu_alloc
 from conformance.steps import (
     PAGE,
@@ -36,7 +37,10 @@ from uapi.iommufd import (
     IOMMU_HW_QUEUE_ALLOC,
     IOMMU_HW_QUEUE_TYPE_TEGRA241_CMDQV,
     IOMMU_HWPT_ALLOC_NEST_PARENT,
+    IOMMU_VFIO_IOAS,
+    IOMMU_VFIO_IOAS_SET,
 )
+from uapi.vfio import VFIO_DMA_UNMAP_FLAG_ALL, VFIO_IOMMU_UNMAP_DMA
 
 pytestmark = [pytest.mark.needs("iommu", "mock"), pytest.mark.since("6.17")]
 
@@ -196,6 +200,22 @@ def test_queues_memory_cannot_be_unmapped(iommu: File, ids: Guest, buffer: Buffe
     assert unmap(iommu, ids.ioas, IOVA, PAGE) == PAGE
 
 
+def test_vfios_unmap_stops_at_the_queues_memory_too(iommu: File, ids: Guest, buffer: Buffer) -> None:
+    """And says how much it has unmapped before, which the native call does not."""
+    IOMMU_VFIO_IOAS(iommu, ioas_id=ids.ioas, op=IOMMU_VFIO_IOAS_SET)
+    queue = hw_queue_alloc(iommu, ids.viommu, 0, IOVA + PAGE, PAGE)
+    arg = VFIO_IOMMU_UNMAP_DMA.make(argsz=24, iova=IOVA, size=2 * PAGE)
+    with fails(errno.EBUSY):
+        VFIO_IOMMU_UNMAP_DMA.raw(iommu, arg)
+    assert arg.size == PAGE
+    every = VFIO_IOMMU_UNMAP_DMA.make(argsz=24, flags=VFIO_DMA_UNMAP_FLAG_ALL)
+    with fails(errno.EBUSY):
+        VFIO_IOMMU_UNMAP_DMA.raw(iommu, every)
+    assert every.size == 0
+    destroy(iommu, queue)
+    assert VFIO_IOMMU_UNMAP_DMA(iommu, argsz=24, iova=IOVA + PAGE, size=PAGE).size == PAGE
+
+
 def test_mappings_below_the_queues_go_before_ebusy(iommu: File, ids: Guest, buffer: Buffer) -> None:
     hw_queue_alloc(iommu, ids.viommu, 0, IOVA + PAGE, PAGE)
     with fails(errno.EBUSY):
@@ -318,6 +338,18 @@ def test_memory_of_a_file_will_do(iommu: File, ids: Guest) -> None:
     with fails(errno.EBUSY):
         unmap(iommu, ids.ioas, IOVA, PAGE)
     destroy(iommu, queue)
+
+
+@pytest.mark.needs("dmabuf_fd")
+def test_memory_of_a_dma_buf_is_einval(iommu: File, ids: Guest) -> None:
+    fd = dmabuf_get(iommu, PAGE)
+    try:
+        map_file(iommu, ids.ioas, fd, 0, PAGE, IOVA)
+    finally:
+        os.close(fd)
+    with fails(errno.EINVAL):
+        hw_queue_alloc(iommu, ids.viommu, 0, IOVA, PAGE)
+    assert unmap(iommu, ids.ioas, IOVA, PAGE) == PAGE
 
 
 def test_copy_of_the_queues_memory_is_free(iommu: File, ids: Guest, buffer: Buffer) -> None:

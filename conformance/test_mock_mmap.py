@@ -10,9 +10,11 @@ import errno
 
 import pytest
 
+from conformance.mock import APERTURE
 from conformance.mock_guest import PUBLISHED, Guest, guest, publish, viommu_alloc
-from conformance.steps import PAGE, destroy, fails
+from conformance.steps import PAGE, READ, RW, destroy, fails, map_user
 from uapi.backend import MAP_PRIVATE, MAP_SHARED, PROT_EXEC, PROT_NONE, PROT_READ, PROT_WRITE, Backend, File
+from uapi.iommufd import IOMMU_IOAS_ALLOC
 
 pytestmark = [pytest.mark.needs("iommu", "mock"), pytest.mark.since("6.17")]
 
@@ -139,6 +141,17 @@ def test_ranges_do_not_touch(iommu: File, ids: Guest) -> None:
         one.view[:] = b"\xff" * SIZE
         assert two.read(0, 4) == 2
         assert bytes(two.view[4:]) == bytes(SIZE - 4)
+
+
+def test_pages_are_no_memory_that_a_domain_may_have(iommu: File, ids: Guest) -> None:
+    """As a mapping of registers: calls read it, nobody can pin it."""
+    _, offset = publish(iommu, ids, IOMMU_IOAS_ALLOC.size)
+    with iommu.mmap(SIZE, offset) as mapping:
+        for prot in (READ, RW):
+            with fails(errno.EFAULT):
+                map_user(iommu, ids.ioas, mapping.address, PAGE, APERTURE[0], prot)
+        iommu.ioctl(IOMMU_IOAS_ALLOC.number, mapping.address)
+        assert mapping.read(8, 4) == ids.viommu + 2
 
 
 # -- lifetime --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import errno
 import pytest
 
 from conformance.arena import Arena, arena
+from conformance.drivers.vfio import VfioDevice
 from conformance.mock import mock_domain, mock_replace
 from conformance.mock_guest import (
     CACHE_DEFAULT,
@@ -247,6 +248,17 @@ def test_nested_hwpt_checks(kernel: Backend, iommu: File, ids: Guest) -> None:
 def test_any_device_behind_the_iommu_may_have_a_nested_hwpt(iommu: File, ids: Guest) -> None:
     other = mock_domain(iommu, ids.ioas)
     nested_hwpt(iommu, other.idev, ids.viommu)
+
+
+@pytest.mark.needs("root", "vfio_cdev")
+def test_device_behind_another_iommu_has_no_place_in_the_viommu(device: VfioDevice, iommu: File) -> None:
+    """EINVAL before the flags are looked at; and its own IOMMU has no vIOMMU for the mock's parent."""
+    ids = guest(iommu)
+    for flags in (0, 1 << 31):
+        with fails(errno.EINVAL):
+            nested_hwpt(iommu, device.devid, ids.viommu, flags)
+    with fails(errno.EOPNOTSUPP):
+        viommu_alloc(iommu, device.devid, ids.parent)
 
 
 def test_attaching_needs_a_vdevice(iommu: File, ids: Guest) -> None:

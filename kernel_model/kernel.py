@@ -366,8 +366,13 @@ class Kernel:
         del self._aliases[key]
 
     def maps_device(self, process: Process, start: int, length: int) -> bool:
-        """Whether a range of the process's memory is a mapping of device registers (VM_PFNMAP)."""
-        return process.is_self and any(mapping.overlaps(start, length) for mapping in self.mappings)
+        """Whether a range of the process's memory is a mapping of a file of this kernel's (VM_PFNMAP)."""
+        if process.is_self:
+            return any(mapping.overlaps(start, length) for mapping in self.mappings)
+        aliases = self._aliases
+        return bool(aliases) and any(
+            (vma.inode, os.makedev(*vma.device)) in aliases for vma in process.mm.vmas(start, start + length)
+        )
 
     def user(self, uid: int) -> User:
         """The `struct user_struct` of a uid."""

@@ -1,7 +1,7 @@
 """Accesses: the kernel's own use of an IOAS without DMA, after the second half of device.c of drivers/iommu/iommufd.
 
 An access is attached to one IOAS at a time, pins pages of it or copies to and from them, and is told when a range is
-about to be unmapped; then it must let go of its pins. Left out: internal accesses (of hardware queues).
+about to be unmapped; then it must let go of its pins. The kernel's own, of hardware queues, are in `hw_queue`.
 """
 
 from __future__ import annotations

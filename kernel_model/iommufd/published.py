@@ -63,9 +63,9 @@ class PublishedPages:
         self._fd = -1
 
     def alloc(self, owner: Object, length: int) -> int:
-        """_iommufd_alloc_mmap(): a range of zeroed pages for `owner`; its offset. EINVAL: not whole pages. ENOMEM."""
+        """_iommufd_alloc_mmap(): a range of zeroed pages for `owner`; its offset. ENOMEM."""
         if not length or length & PAGE_MASK:
-            raise KernelError(errno.EINVAL, f"{length:#x} bytes are no whole pages")
+            raise KernelBug(f"a driver publishes {length:#x} bytes, which are no whole pages")
         if injecting:
             kmalloc("struct iommufd_mmap")
             kmalloc("struct maple_node")

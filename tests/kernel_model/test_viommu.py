@@ -141,3 +141,25 @@ def test_tombstones_are_the_ids_of_vdevices_whose_device_went(kernel: Kernel, st
         assert not new & dead
     with kernel.open("/dev/iommu") as again:
         assert ioas_alloc(again) == 1
+
+
+def test_without_dev_shm_the_pages_lie_in_a_memfd(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernel_model.iommufd.published._SHM", "/nowhere")
+    with kernel.open("/dev/iommu") as iommu:
+        _, offset = publish(iommu, guest(iommu))
+        with iommu.mmap(PUBLISHED, offset) as one, iommu.mmap(PUBLISHED, offset) as two:
+            one.write(4, 4, 9)
+            assert (two.read(0, 4), two.read(4, 4)) == (0xBEEF, 9)
+
+
+def test_no_memory_for_the_pages_is_enomem_and_leaves_nothing(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with kernel.open("/dev/iommu") as iommu:
+        ids = guest(iommu)
+
+        def full(fd: int, data: bytes, offset: int) -> int:
+            raise OSError(errno.ENOSPC, "full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.pwrite", full)
+            assert answer(publish, iommu, ids) == errno.ENOMEM
+        assert publish(iommu, ids) == (ids.viommu + 1, PAGE)

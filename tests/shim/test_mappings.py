@@ -70,6 +70,16 @@ print(destroys(), ioas_alloc(iommu))
     assert out.split() == ["8", "True", "True", "0", "7"]
 
 
+def test_pages_cannot_be_pinned() -> None:
+    out = run("""
+from conformance.mock import APERTURE
+from conformance.steps import map_user
+with iommu.mmap(SIZE, offset) as mapping:
+    print(errno.errorcode[answer(map_user, iommu, ids.ioas, mapping.address, 4096, APERTURE[0])])
+""")
+    assert out == "EFAULT"
+
+
 def test_refusals() -> None:
     out = run("""
 for length, where in ((SIZE, 0), (SIZE // 2, offset), (SIZE * 2, offset), (SIZE, offset + 4096)):

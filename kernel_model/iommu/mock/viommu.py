@@ -82,9 +82,9 @@ class MockViommu(ViommuDriver):
             self.viommu.ctx.published.destroy(self.viommu, self._mmap_offset)
 
     def alloc_domain_nested(self, flags: int, user_data: UserData) -> Domain:
-        """mock_viommu_alloc_domain_nested(). EOPNOTSUPP: flags. Then those of `MockNestedDomain.alloc`."""
+        """mock_viommu_alloc_domain_nested(). Those of `MockNestedDomain.alloc`."""
         if flags & ~IOMMU_HWPT_ALLOC_PASID:
-            raise KernelError(errno.EOPNOTSUPP, f"flags {flags:#x}")
+            raise KernelBug(f"flags {flags:#x} have come as far as the driver")
         iommu: IommuDriver = self.viommu.iommu
         domain = MockViommuNestedDomain.alloc(iommu, user_data)
         assert isinstance(domain, MockViommuNestedDomain)
