@@ -222,7 +222,7 @@ def check_release(name: str) -> None:
 
 
 def _print_coverage(as_text: bool) -> None:
-    runs = [load(str(path)) for path in sorted(RECORDED.glob("*.json.gz"))]
+    runs = [load(str(path)) for path in sorted(RECORDED.glob("[0-9]*.json.gz"))]
     found = Coverage(sorted(runs, key=lambda run: parse(number(run.release))))
     if as_text:
         print(json.dumps(list(coverage_rows(found)), indent=1))

@@ -1,0 +1,56 @@
+"""The models of releases other than the newest, held to the recorded runs of their real kernels.
+
+`make conformance` and `iommulab compare` do this for the newest release, whole. Here it is a slice for each recorded
+run of an older one: the areas whose tests know of releases. `-m soak` runs the suite whole.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conformance.offers import number
+from iommulab.compare import NOT_RUN, compare
+from iommulab.results import RECORDED, load
+from uapi.version import NEWEST, parse
+
+RUNS = sorted(path.name.removesuffix(".json.gz") for path in RECORDED.glob("[0-9]*.json.gz"))
+OLDER = [name for name in RUNS if parse(name.partition("-")[0]).series != parse(NEWEST).series]
+#: Areas that are quick and have tests of both sides of rows of uapi/behaviours.py.
+SLICE = ("versions", "mock_domain", "mock_map", "viommu_errors", "hwpt_alloc", "vfio_compat")
+
+
+def differing(name: str, directory: Path, areas: tuple[str, ...]) -> list[str]:
+    """The tests in both runs that are not the same, as the command would print them."""
+    real = load(f"recorded:{name}")
+    options = ["--kernel", number(real.release), "--machine", real.machine, "--report", str(directory)]
+    command = [sys.executable, "-m", "iommulab", "conformance", *options, *areas]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = compare(load(str(directory / "model.json")), real, [])
+    both = [one for one in found.differing if NOT_RUN not in (one.left, one.right)]
+    assert found.same > 100
+    return [f"{one.test}\n  {one.left}\n  {one.right}" for one in both]
+
+
+def test_an_older_release_is_recorded_with_and_without_an_iommu() -> None:
+    assert {load(f"recorded:{name}").machine for name in OLDER} == {"q35-vtd-legacy", "mock"}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_recorded_kernel_passes_every_test_that_it_runs(name: str) -> None:
+    assert not load(f"recorded:{name}").failed
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_model_of_an_older_release_does_what_the_recorded_kernel_did(name: str, tmp_path: Path) -> None:
+    assert not differing(name, tmp_path, SLICE)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", OLDER)
+def test_model_of_an_older_release_does_all_that_the_recorded_kernel_did(name: str, tmp_path: Path) -> None:
+    assert not differing(name, tmp_path, ())
