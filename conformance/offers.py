@@ -123,6 +123,24 @@ def _edu_pair(backend: Backend) -> str | None:
     return None if len(groups) == 2 and groups[0] == groups[1] else "no two edu functions in one IOMMU group"
 
 
+def _noiommu(backend: Backend) -> str | None:
+    if (missing := _vfio_cdev(backend)) is not None:
+        return missing
+    if older(backend.release, "7.3"):
+        return "no-IOMMU devices came with 7.3"
+    try:
+        mode = sysfs(backend, "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode")
+    except OSError:
+        mode = "N"
+    if mode != "Y":
+        return "VFIO gives away no devices without an IOMMU (vfio.enable_unsafe_noiommu_mode=1)"
+    try:
+        backend.readlink(f"{PCI_DEVICES}/{find_edu(backend)}/iommu")
+    except OSError:
+        return None
+    return "the device is behind an IOMMU"
+
+
 def _huge_pages(backend: Backend) -> str | None:
     try:
         backend.buffer(HUGE_PAGE, huge=True).close()
@@ -142,6 +160,15 @@ def _memfd(backend: Backend) -> str | None:
 #: What a probe says where a released kernel has a fault that the model has on request only: no difference between them.
 KNOWN_FAULTS = {"dmabuf_fd": "DMABUF_GET returns 0 instead of the descriptor, as in 7.3"}
 
+def _fail_nth(backend: Backend) -> str | None:
+    try:
+        backend.open("/proc/thread-self/fail-nth").close()
+        backend.open("/sys/kernel/debug/fail_iommufd/times").close()
+    except OSError:
+        return "no fault injection (CONFIG_FAULT_INJECTION, debugfs)"
+    return None
+
+
 PROBES: dict[str, Callable[[Backend], str | None]] = {
     "iommu": _iommu,
     "root": _root,
@@ -150,8 +177,10 @@ PROBES: dict[str, Callable[[Backend], str | None]] = {
     "dma_device": _dma_device,
     "vfio_cdev": _vfio_cdev,
     "edu_pair": _edu_pair,
+    "noiommu": _noiommu,
     "huge_pages": _huge_pages,
     "memfd": _memfd,
+    "fail_nth": _fail_nth,
 }
 
 

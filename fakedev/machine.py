@@ -57,8 +57,10 @@ class Machine:
     the DMAR table). `last_faults` holds the last refused DMAs in words, newest last.
     """
 
-    def __init__(self, name: str, memory: PhysicalMemory | None = None) -> None:
+    def __init__(self, name: str, memory: PhysicalMemory | None = None, kernel_arguments: str = "") -> None:
         self.name = name
+        #: What the kernel of this machine is told at boot.
+        self.kernel_arguments = kernel_arguments.split()
         self.memory = PhysicalMemory() if memory is None else memory
         self.mmio = Mmio()
         self.root = RootComplex(self.memory)
@@ -218,10 +220,18 @@ def _q35_vtd(name: str, edus: list[Edu]) -> Machine:
     return box
 
 
+def _q35_noiommu() -> Machine:
+    """No IOMMU, and VFIO gives its devices away nevertheless."""
+    box = Machine("q35-noiommu", kernel_arguments="vfio.enable_unsafe_noiommu_mode=1")
+    box.add(Edu("0000:00:10.0", bar_address=0xFEA0_0000, interrupt_line=10, command=0x103))
+    return box
+
+
 #: Machines by name.
 MACHINES: dict[str, Callable[[], Machine]] = {
     "bare": _bare,
     "mock": _mock,
+    "q35-noiommu": _q35_noiommu,
     "q35-vtd-legacy": _q35_vtd_legacy,
     "q35-vtd-multifunction": _q35_vtd_multifunction,
 }

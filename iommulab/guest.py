@@ -51,9 +51,13 @@ MACHINES = {
         "-device edu,addr=0x10.0,multifunction=on,dma_mask=0xffffffffffffffff "
         "-device edu,addr=0x10.1,dma_mask=0xffffffffffffffff"
     ),
+    # No IOMMU, and VFIO gives its devices away nevertheless.
+    "q35-noiommu": "-machine q35 -device edu,addr=0x10,dma_mask=0xffffffffffffffff",
     # No IOMMU: before 6.17 the kernel's mock driver has no devices beside a real one.
     "mock": "-machine q35",
 }
+#: What a machine's kernel is told beside `KERNEL_ARGUMENTS`.
+ARGUMENTS = {"q35-noiommu": "vfio.enable_unsafe_noiommu_mode=1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +159,7 @@ class Guest:
         self._vng = vng
         self._tools = tools
         self._directory = directory
+        self._arguments = f"{KERNEL_ARGUMENTS} {ARGUMENTS.get(machine, '')}".rstrip()
         self._options = MACHINES[machine].format(scalable=scalable_property(qemu.path))
         self._kvm = False
 
@@ -183,7 +188,7 @@ class Guest:
         boot = [self._vng, "--run", str(self.image.path), "--memory", MEMORY, "--cpus", "1", "--verbose"]
         boot += [] if self._kvm else ["--disable-kvm"]
         boot += ["--cwd", "/", "--qemu", self.qemu.path]
-        boot += ["--append", KERNEL_ARGUMENTS, f"--qemu-opts={options}", "--", f"sh {shlex.quote(str(script))}"]
+        boot += ["--append", self._arguments, f"--qemu-opts={options}", "--", f"sh {shlex.quote(str(script))}"]
         environment = os.environ | {"PATH": os.pathsep.join([self._tools, os.environ.get("PATH", os.defpath)])}
         # vng has QEMU open the guest's streams by name, each with an offset of its own, so they must be pipes. Its
         # --verbose sends the console to stderr.

@@ -58,6 +58,16 @@ _AFTER_612 = ("6.12.117", "7.2.13")
 TABLE: tuple[Behaviour, ...] = (
     # -- iommufd ------------------------------------------------------------------------------------------------------
     _row(
+        "noiommu-cdev",
+        "vfio",
+        "7.3",
+        "with enable_unsafe_noiommu_mode a device without an IOMMU gets a character device, and iommufd binds it",
+        "only the older interface of groups takes it",
+        SOURCE,
+        between=("7.2.13", "7.3.4"),
+        test="conformance/test_noiommu.py",
+    ),
+    _row(
         "hwpt-alloc-missing-pt",
         "iommufd",
         "6.7",

@@ -157,6 +157,8 @@ def _canonical(names: _Names, client: int, name: str, value: Any, out: bool) -> 
     if name.endswith("fd"):
         signed = value - (1 << 32) if value >= 1 << 31 else value
         return names.fd(client, signed, out)
+    if name == "out_phys":  # where memory is, is chance; where in its page, is not
+        return f"pa+{value & 0xFFF:#x}"
     pointer = names.pointer(client, value)
     if isinstance(pointer, str) and pointer.startswith("ptr") and name not in _POINTER_NAMES:
         return value

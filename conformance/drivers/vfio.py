@@ -86,7 +86,7 @@ def take(kernel: Backend, address: str) -> None:
 
 def node(kernel: Backend, address: str) -> str:
     """The character device of a function that vfio-pci has."""
-    names = [n for n in kernel.listdir(f"{PCI_DEVICES}/{address}/vfio-dev") if n.startswith("vfio")]
+    names = [n for n in kernel.listdir(f"{PCI_DEVICES}/{address}/vfio-dev") if n.startswith(("vfio", "noiommu-vfio"))]
     return f"/dev/vfio/devices/{names[0]}"
 
 

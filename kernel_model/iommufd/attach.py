@@ -104,6 +104,8 @@ def _hwpt_attach_device(hwpt: Hwpt, idev: IommufdDevice, pasid: int) -> None:
     """iommufd_hwpt_attach_device(). EINVAL: PASID rules. Then those of the IOMMU core."""
     igroup = idev.group
     _check_pasid(igroup, hwpt, pasid)
+    if igroup.noiommu:
+        return
     if injecting:
         kmalloc("struct iommufd_attach_handle")
     handle = AttachHandle(idev)
@@ -117,6 +119,8 @@ def _hwpt_replace_device(idev: IommufdDevice, pasid: int, hwpt: Hwpt, old: Hwpt)
     """iommufd_hwpt_replace_device(). EINVAL: PASID rules. Then those of the IOMMU core."""
     igroup = idev.group
     _check_pasid(igroup, hwpt, pasid)
+    if igroup.noiommu:
+        return
     old_handle = igroup.group.pasid_array.get(pasid)
     if injecting:
         kmalloc("struct iommufd_attach_handle")
@@ -130,6 +134,8 @@ def _hwpt_replace_device(idev: IommufdDevice, pasid: int, hwpt: Hwpt, old: Hwpt)
 
 def _hwpt_detach_device(hwpt: Hwpt, idev: IommufdDevice, pasid: int) -> None:
     """iommufd_hwpt_detach_device()."""
+    if idev.group.noiommu:
+        return
     group = idev.group.group
     handle = group.pasid_array.get(pasid)
     if pasid == NO_PASID:
@@ -161,7 +167,7 @@ def hwpt_attach(hwpt: Hwpt, idev: IommufdDevice, pasid: int) -> None:
             raise KernelError(errno.EBUSY, f"device {idev.id} is attached already")
         if attach.hwpt is not hwpt:
             raise KernelError(errno.EINVAL, f"the group is attached to HWPT {attach.hwpt.id}")
-    if pasid == NO_PASID:
+    if pasid == NO_PASID and not igroup.noiommu:
         _attach_reserved(idev, hwpt.paging)
     if attach is None:
         try:
@@ -206,7 +212,7 @@ def _hwpt_replace(hwpt: Hwpt, idev: IommufdDevice, pasid: int) -> Hwpt | None:
         return None
     members = list(attach.devices.values())
     try:
-        if pasid == NO_PASID:
+        if pasid == NO_PASID and not igroup.noiommu:
             _replace_reserved(idev, members, old.paging, hwpt.paging)
         _hwpt_replace_device(idev, pasid, hwpt, old)
     except KernelError:

@@ -53,10 +53,12 @@ class Attach:
 class IommufdGroup:
     """`struct iommufd_group`: an IOMMU group within a context."""
 
-    __slots__ = ("attachments", "group", "required_sw_msi", "sw_msi_start", "users")
+    __slots__ = ("attachments", "group", "noiommu", "required_sw_msi", "sw_msi_start", "users")
 
-    def __init__(self, group: core.Group) -> None:
+    def __init__(self, group: core.Group, noiommu: bool = False) -> None:
         self.group = group
+        #: A device without an IOMMU is alone in it, and it is no group of the IOMMU core.
+        self.noiommu = noiommu
         self.users = 0
         #: PASID -> what is attached there.
         self.attachments: dict[int, Attach] = {}
@@ -82,7 +84,8 @@ class IommufdDevice(Object):
     def destroy(self) -> None:
         if self.igroup is None:
             return
-        core.device_release_dma_owner(self.dev)
+        if not self.igroup.noiommu:
+            core.device_release_dma_owner(self.dev)
         self._put_group()
         if not self.dev.is_mock:
             self.ctx.put()
@@ -90,7 +93,7 @@ class IommufdDevice(Object):
     def _put_group(self) -> None:
         igroup = self.group
         igroup.users -= 1
-        if igroup.users == 0:
+        if igroup.users == 0 and not igroup.noiommu:
             del self.ctx.groups[igroup.group]
 
     @property
@@ -103,13 +106,15 @@ class IommufdDevice(Object):
 def device_bind(ctx: Context, dev: core.Device) -> IommufdDevice:
     """iommufd_device_bind(): the context owns the device's DMA from now on.
 
-    EINVAL: the IOMMU is not cache-coherent. ENODEV: no group. EPERM: MSIs are not isolated, or somebody else owns the
-    group. EBUSY: the group is in an odd domain.
+    A device without an IOMMU is taken as it is. EINVAL: the IOMMU is not cache-coherent. ENODEV: no group. EPERM: MSIs
+    are not isolated, or somebody else owns the group. EBUSY: the group is in an odd domain.
     """
     idev = IommufdDevice(ctx, dev)
+    if dev.iommu is None:
+        return _bind_noiommu(idev)
     try:
         driver = dev.iommu
-        if driver is None or not driver.capable(dev, core.IOMMU_CAP_CACHE_COHERENCY):
+        if not driver.capable(dev, core.IOMMU_CAP_CACHE_COHERENCY):
             raise KernelError(errno.EINVAL, "the device's IOMMU is not cache-coherent")
         group = dev.group
         if group is None:
@@ -135,6 +140,23 @@ def device_bind(ctx: Context, dev: core.Device) -> IommufdDevice:
     return idev
 
 
+def _bind_noiommu(idev: IommufdDevice) -> IommufdDevice:
+    """iommufd_bind_noiommu()."""
+    ctx = idev.ctx
+    if injecting:
+        try:
+            kmalloc("struct iommufd_group")
+        except KernelError:
+            ctx.objects.abort(idev)
+            raise
+    idev.igroup = IommufdGroup(core.Group(-1), noiommu=True)
+    idev.igroup.users += 1
+    ctx.get()
+    idev.users += 1
+    ctx.objects.finalize(idev)
+    return idev
+
+
 def device_unbind(idev: IommufdDevice) -> bool:
     """iommufd_device_unbind(): the device must be detached. Its vDEVICE goes with it, and leaves a tombstone.
 
@@ -155,7 +177,8 @@ _CAPABILITIES = ("IOMMU_HW_CAP_DIRTY_TRACKING", "IOMMU_HW_CAP_PCI_ATS_NOT_SUPPOR
 
 @table.handles(IOMMU_GET_HW_INFO)
 def get_hw_info(ucmd: UserCommand[Context, iommu_hw_info]) -> None:
-    """EOPNOTSUPP: unknown flags or reserved bytes. ENOENT: device. EOPNOTSUPP: the driver has no such type. EFAULT.
+    """EOPNOTSUPP: unknown flags or reserved bytes. ENOENT: device. EOPNOTSUPP: it has no IOMMU, or the driver has no
+    such type. EFAULT.
 
     The driver's struct is cut or zero-padded to the caller's length; `data_len` returns the kernel's own.
     """
@@ -168,7 +191,8 @@ def get_hw_info(ucmd: UserCommand[Context, iommu_hw_info]) -> None:
     wanted = cmd.in_data_type if cmd.flags & IOMMU_HW_INFO_FLAG_INPUT_TYPE else IOMMU_HW_INFO_TYPE_DEFAULT
     idev = ucmd.ctx.objects.get(cmd.dev_id, IommufdDevice)
     driver = idev.dev.iommu
-    assert driver is not None
+    if driver is None:
+        raise KernelError(errno.EOPNOTSUPP, "the device has no IOMMU")
     cmd.out_data_type, data = driver.hw_info(idev.dev, wanted)
     room = cmd.data_len
     call.copy_to_user(cmd.data_uptr, data[:room])

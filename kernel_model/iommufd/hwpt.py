@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.iommu import core
+from kernel_model.iommu.noiommu import NOIOMMU
 from kernel_model.iommufd.ctx import Context
 from kernel_model.iommufd.eventq import Fault
 from kernel_model.iommufd.ioas import Ioas
@@ -143,9 +144,7 @@ def paging_alloc(
     that the device lacks, or faults for a nesting parent. Then the driver's errnos, the attachment's, and those of
     `IoPagetable.add_domain`.
     """
-    driver = dev.iommu
-    if driver is None:
-        raise KernelError(errno.ENODEV, "the device has no IOMMU")
+    driver = dev.iommu or NOIOMMU
     known = ctx.kernel.profile.mask(*_FLAGS)
     if not has(ctx.kernel.release, "fault-queue-on-paging-hwpt"):
         known &= ~IOMMU_HWPT_FAULT_ID_VALID

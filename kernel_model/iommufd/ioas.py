@@ -12,17 +12,18 @@ from struct import Struct
 from typing import TYPE_CHECKING
 
 from kernel_model.dma_buf import DmaBuf, host_size
-from kernel_model.errors import KernelError
+from kernel_model.errors import KernelBug, KernelError
 from kernel_model.fault_injection import injecting, kmalloc
 from kernel_model.file import SystemCall
 from kernel_model.interval import U64_MAX
 from kernel_model.ioctl import UserCommand
+from kernel_model.iommu.noiommu import NOIOMMU
 from kernel_model.iommufd.ctx import ACCOUNT_MM, ACCOUNT_USER, Context, table
 from kernel_model.iommufd.io_pagetable import IOMMU_CACHE, IOMMU_READ, IOMMU_WRITE, IoPagetable
 from kernel_model.iommufd.object import Object
 from kernel_model.iommufd.pages import FilePages, Pages, UserPages
 from kernel_model.iommufd.pages_dmabuf import DmabufPages
-from kernel_model.process import CAP_SYS_RAWIO, PAGE_MASK, PAGE_SHIFT, Process
+from kernel_model.process import CAP_SYS_RAWIO, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Process
 from uapi.behaviours import has
 from uapi.iommufd import (
     IOMMU_IOAS_ALLOC,
@@ -310,7 +311,8 @@ def _charge_process(ucmd: UserCommand[Context, iommu_ioas_change_process], owned
 @table.handles(IOMMU_IOAS_NOIOMMU_GET_PA)
 def ioas_noiommu_get_pa(ucmd: UserCommand[Context, iommu_ioas_noiommu_get_pa]) -> None:
     """In order: EPERM without CAP_SYS_RAWIO; EOPNOTSUPP flags or reserved bits; EINVAL length 0; EOVERFLOW iova 2^64-1;
-    ENOENT no such IOAS, nothing mapped; EOPNOTSUPP: the mapping is in no no-IOMMU domain, and the model has none."""
+    ENOENT no such IOAS, nothing mapped; EINVAL: a dma-buf that was revoked; EOPNOTSUPP: the mapping is in no no-IOMMU
+    domain. EFAULT: the reply. The length becomes that of the contiguous memory within the mapping, and no longer."""
     cmd = ucmd.cmd
     if not ucmd.call.process.capable(CAP_SYS_RAWIO):
         raise KernelError(errno.EPERM, "physical addresses are shown with CAP_SYS_RAWIO")
@@ -321,6 +323,28 @@ def ioas_noiommu_get_pa(ucmd: UserCommand[Context, iommu_ioas_noiommu_get_pa]) -
     if cmd.iova == U64_MAX:
         raise KernelError(errno.EOVERFLOW, "iova is 2^64-1")
     iopt = ucmd.ctx.objects.get(cmd.ioas_id, Ioas).iopt
-    if iopt.area_at(cmd.iova, cmd.iova) is None:
-        raise KernelError(errno.ENOENT, f"nothing is mapped at {cmd.iova:#x}")
-    raise KernelError(errno.EOPNOTSUPP, "the IOAS has no no-IOMMU device")
+    cmd.out_phys, cmd.length = _get_phys(iopt, cmd.iova, cmd.length)
+    ucmd.respond()
+
+
+def _get_phys(iopt: IoPagetable, iova: int, most: int) -> tuple[int, int]:
+    """iopt_get_phys(): the physical address at `iova`, and how many bytes are contiguous from there."""
+    area = iopt.area_at(iova, iova)
+    if area is None:
+        raise KernelError(errno.ENOENT, f"nothing is mapped at {iova:#x}")
+    if area.pages.revoked:
+        raise KernelError(errno.EINVAL, "the dma-buf is revoked")
+    if not area.pinned or iopt.domains[0].owner is not NOIOMMU:
+        raise KernelError(errno.EOPNOTSUPP, f"{iova:#x} is mapped for no device without an IOMMU")
+    found = iopt.domains[0].iova_to_phys(iova)
+    if found is None:
+        raise KernelBug(f"{iova:#x} is in an area and in no table")
+    length = min(PAGE_SIZE - (iova & PAGE_MASK), area.last - iova + 1)
+    physical = found
+    while length < most and iova + PAGE_SIZE <= area.last:
+        iova += PAGE_SIZE
+        physical += PAGE_SIZE
+        if iopt.domains[0].iova_to_phys(iova) != physical:
+            break
+        length += PAGE_SIZE
+    return found, min(length, most)

@@ -4,7 +4,7 @@ Mirrors drivers/vfio/vfio_main.c (`struct vfio_device`, `vfio_df_open()` and its
 `vfio_iommufd_physical_*` operations). A bus driver subclasses `VfioDevice` and implements what the file operations of
 the character device lead to.
 
-Left out: groups and containers, emulated devices (mdev), no-IOMMU devices, KVM, device sets (every device is alone).
+Left out: groups and containers, emulated devices (mdev), KVM, device sets (every device is alone).
 """
 
 from __future__ import annotations
@@ -33,11 +33,18 @@ class VfioDevice(ABC):
         self.kernel = kernel
         self.dev = dev
         self.index = index
+        #: Given away although nothing guards memory from it (`device->noiommu`).
+        self.noiommu = dev.iommu is None
         self.open_count = 0
         self.cdev_opened = False
         self.idev: IommufdDevice | None = None
         self.attached = False
         self.pasids: set[int] = set()
+
+    @property
+    def name(self) -> str:
+        """Of its node."""
+        return f"{'noiommu-' if self.noiommu else ''}vfio{self.index}"
 
     # -- what the bus driver implements (struct vfio_device_ops) -----------------------------------------------------
 

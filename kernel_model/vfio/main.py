@@ -4,7 +4,9 @@ Mirrors of drivers/pci/pci-sysfs.c and the driver core what a client walks to fi
 (`driver_override`, `drivers_probe`, `bind`, `unbind`); of drivers/iommu/iommu.c the groups; of drivers/vfio/pci/
 vfio_pci.c the probe; of drivers/vfio/vfio_main.c the registration: the lowest free number, the node, `vfio-dev/`.
 
-Left out: every other PCI driver. `unbind` of an open device is EBUSY, where Linux would wait until it is closed.
+Left out: every other PCI driver; the groups that a device without an IOMMU gets for VFIO's older interface; changing
+`enable_unsafe_noiommu_mode` while the kernel runs. `unbind` of an open device is EBUSY, where Linux would wait until it
+is closed.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from fakedev.pci import (
 from kernel_model.errors import KernelError
 from kernel_model.file import FileDescription, SystemCall
 from kernel_model.iommu.core import IOMMU_CAP_CACHE_COHERENCY, RESV_TYPE_NAMES, Device, Group, get_group_resv_regions
+from kernel_model.process import CAP_SYS_RAWIO
 from kernel_model.vfio.cdev import VfioDeviceFile
 from kernel_model.vfio.device import VfioDevice
 from kernel_model.vfio.pci import VfioPciDevice
@@ -41,6 +44,7 @@ _DRIVER = f"{_BUS}/drivers/vfio-pci"
 #: Flags of a resource in sysfs (include/linux/ioport.h).
 _IORESOURCE_IO, _IORESOURCE_MEM, _IORESOURCE_PREFETCH, _IORESOURCE_MEM_64 = 0x100, 0x200, 0x2000, 0x100000
 _IORESOURCE_SIZEALIGN = 0x40000
+_NOIOMMU_MODE = "vfio.enable_unsafe_noiommu_mode=1"
 _NO_RESOURCE = f"0x{0:016x} 0x{0:016x} 0x{0:016x}\n"
 
 
@@ -53,6 +57,7 @@ class VfioPciDriver:
         #: driver_override by address, and the devices that vfio-pci has.
         self._overrides: dict[str, str] = {}
         self._bound: dict[str, VfioPciDevice] = {}
+        self._noiommu = _NOIOMMU_MODE in kernel.machine.kernel_arguments and has(kernel.release, "noiommu-cdev")
 
     # -- what is there at boot ---------------------------------------------------------------------------------------
 
@@ -66,6 +71,8 @@ class VfioPciDriver:
         files.add_file(f"{_BUS}/drivers_probe", None, self._drivers_probe)
         files.add_file(f"{_DRIVER}/bind", None, self._bind)
         files.add_file(f"{_DRIVER}/unbind", None, self._unbind)
+        unsafe = _NOIOMMU_MODE in self._kernel.machine.kernel_arguments
+        files.add_file("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode", _text("Y\n" if unsafe else "N\n"))
         groups: dict[int, Group] = {}
         for device in self._kernel.devices.values():
             if device.pci is not None:
@@ -153,8 +160,8 @@ class VfioPciDriver:
         del self._bound[device.name]
         here = f"{_ROOT}/{device.name}"
         for path in (
-            f"/dev/vfio/devices/vfio{vdev.index}",
-            f"/sys/class/vfio-dev/vfio{vdev.index}",
+            f"/dev/vfio/devices/{vdev.name}",
+            f"/sys/class/vfio-dev/{vdev.name}",
             f"{here}/vfio-dev",
             f"{here}/driver",
             f"{_DRIVER}/{device.name}",
@@ -162,17 +169,19 @@ class VfioPciDriver:
             self._files.remove(path)
 
     def _probe(self, device: Device) -> None:
-        """vfio_pci_probe() and __vfio_register_dev(). EINVAL: the IOMMU is not cache-coherent, or there is none."""
-        if device.group is None or device.iommu is None:
-            raise KernelError(errno.EINVAL, f"{device.name} is behind no IOMMU")
-        if not device.iommu.capable(device, IOMMU_CAP_CACHE_COHERENCY):
+        """vfio_pci_probe() and __vfio_register_dev(). EINVAL: the IOMMU is not cache-coherent; there is none, and VFIO
+        was not told to give such devices away."""
+        if device.iommu is None:
+            if not self._noiommu:
+                raise KernelError(errno.EINVAL, f"{device.name} is behind no IOMMU")
+        elif not device.iommu.capable(device, IOMMU_CAP_CACHE_COHERENCY):
             raise KernelError(errno.EINVAL, f"the IOMMU of {device.name} is not cache-coherent")
         taken = {vdev.index for vdev in self._bound.values()}
         index = next(number for number in range(len(taken) + 1) if number not in taken)
         vdev = VfioPciDevice(self._kernel, device, index)
         self._bound[device.name] = vdev
         here = f"{_ROOT}/{device.name}"
-        name = f"vfio{index}"
+        name = vdev.name
         self._files.add_link(f"{here}/driver", "../../../bus/pci/drivers/vfio-pci")
         self._files.add_link(f"{_DRIVER}/{device.name}", f"../../../../devices/pci0000:00/{device.name}")
         self._files.add_link(f"/sys/class/vfio-dev/{name}", f"../../devices/pci0000:00/{device.name}/vfio-dev/{name}")
@@ -181,7 +190,13 @@ class VfioPciDriver:
 
 
 def _opener(vdev: VfioDevice) -> Callable[[SystemCall, int], FileDescription]:
-    return lambda _call, _flags: VfioDeviceFile(vdev)
+    def opened(call: SystemCall, _flags: int) -> FileDescription:
+        """vfio_device_fops_cdev_open(). EPERM: a device without an IOMMU, without CAP_SYS_RAWIO."""
+        if vdev.noiommu and not call.process.capable(CAP_SYS_RAWIO):
+            raise KernelError(errno.EPERM, "the device has no IOMMU, and the caller no CAP_SYS_RAWIO")
+        return VfioDeviceFile(vdev)
+
+    return opened
 
 
 def _text(text: str) -> Callable[[], bytes]:
