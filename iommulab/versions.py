@@ -140,11 +140,17 @@ def handled(name: str, release: str) -> bool | None:
     return name in iommufd_table.handlers if name in known.ioctls else None
 
 
+def columns(found: Coverage) -> list[str]:
+    """The mainline releases, and the older stable ones that were recorded."""
+    stable = [release for release in found.releases if parse(release).series != parse(NEWEST).series]
+    return sorted({*RELEASES, *stable}, key=parse)
+
+
 def coverage_rows(found: Coverage) -> Iterator[dict[str, Any]]:
     """For each subject: `model` by release (null: not there; false: not handled; else a count), `real` by kernel."""
     for name in subjects():
         model: dict[str, int | bool | None] = {}
-        for release in RELEASES:
+        for release in columns(found):
             state = handled(name, release)
             model[release] = found.on_model(name, release) if state else state
         yield {
@@ -158,7 +164,7 @@ def coverage_table(found: Coverage) -> Table:
     """A release a column; `.` is a release without it, `!` one where the model does not handle it."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("tests that call")
-    for release in RELEASES:
+    for release in columns(found):
         table.add_column(release, justify="right")
     for release in found.releases:
         table.add_column(f"real {release}", justify="right", style="bold")
@@ -230,8 +236,8 @@ def _print_coverage(as_text: bool) -> None:
     console = _console()
     console.print(coverage_table(found))
     console.print(
-        "\nA number is how many tests call it on the model of that release; . is a release that does not have it, "
-        "! one whose model does not handle it. `real` is what passed on a real kernel, in the recorded runs."
+        "\nA number is how many tests call it on the model of that release; . is a release that does not have it,"
+        "\n! one whose model does not handle it. `real` is what passed on a real kernel, in the recorded runs."
     )
 
 
