@@ -11,6 +11,8 @@ import errno
 import pytest
 
 from conformance.drivers.vfio import VfioDevice
+from conformance.mock import check_map
+from conformance.mock_dirty import make_dirty
 from conformance.steps import PAGE, U32_MAX, U64_MAX, MiB, fails
 from uapi.backend import File
 from uapi.iommufd import (
@@ -83,3 +85,13 @@ def test_set_dirty_tracking(iommu: File, hwpt: int, fields: dict[str, int], numb
 def test_get_dirty_bitmap(iommu: File, hwpt: int, fields: dict[str, int], number: int) -> None:
     with fails(number):
         IOMMU_HWPT_GET_DIRTY_BITMAP(iommu, **{"hwpt_id": hwpt, "length": PAGE, "page_size": PAGE, **fields})
+
+
+@pytest.mark.needs("mock")
+def test_operations_on_mock_domains_refuse_one_of_real_hardware(iommu: File, hwpt: int) -> None:
+    with fails(errno.EINVAL):
+        make_dirty(iommu, hwpt, 0, 1, 1)
+    with fails(errno.EINVAL):
+        check_map(iommu, hwpt, 0, 0, 0)
+    with fails(errno.ENOENT):
+        make_dirty(iommu, 1, 0, 1, 1)

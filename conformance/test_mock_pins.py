@@ -45,7 +45,8 @@ from conformance.steps import (
     unmap,
 )
 from uapi.backend import Backend, File
-from uapi.iommufd import IOMMU_HWPT_ALLOC_NEST_PARENT
+from uapi.iommufd import IOMMU_HWPT_ALLOC_NEST_PARENT, IOMMU_VFIO_IOAS, IOMMU_VFIO_IOAS_SET
+from uapi.vfio import VFIO_IOMMU_MAP_DMA, vfio_iommu_type1_dma_map
 
 pytestmark = pytest.mark.needs("iommu", "mock")
 
@@ -227,6 +228,24 @@ def test_write_to_a_private_page_that_is_mapped_for_reading_does_not_move_it(iom
     unmap(iommu, ioas, iova, PAGE)
     del anchor
     view.close()
+
+
+def test_container_may_map_for_neither_reading_nor_writing_only_without_a_domain(kernel: Backend, iommu: File) -> None:
+    """With a domain EINVAL, which the kernel warns of; without one it is mapped, and then no domain comes in."""
+    other = ioas_alloc(iommu)
+    ioas = ioas_alloc(iommu)
+    IOMMU_VFIO_IOAS(iommu, ioas_id=ioas, op=IOMMU_VFIO_IOAS_SET)
+    device = mock_domain(iommu, other)
+    with contextlib.closing(kernel.buffer(PAGE)) as buffer:
+        fields = {"flags": 0, "vaddr": buffer.address, "iova": START, "size": PAGE}
+        VFIO_IOMMU_MAP_DMA(iommu, argsz=ctypes.sizeof(vfio_iommu_type1_dma_map), **fields)
+        with fails(errno.EINVAL):
+            hwpt_alloc(iommu, device.idev, ioas)
+        unmap(iommu, ioas, START, PAGE)
+        hwpt_alloc(iommu, device.idev, ioas)
+        with fails(errno.EINVAL):
+            VFIO_IOMMU_MAP_DMA(iommu, argsz=ctypes.sizeof(vfio_iommu_type1_dma_map), **fields)
+        check_refs(iommu, buffer.address, PAGE, 0)
 
 
 @pytest.mark.since("6.6")
