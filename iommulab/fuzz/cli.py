@@ -55,6 +55,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--program", type=_index, metavar="K", help="only this one of the seed, call by call")
     parser.add_argument("--time", type=float, default=float("inf"), metavar="SECONDS", help="start none after this")
     parser.add_argument("--show", type=_count, default=5, metavar="N", help="differences to shrink and print")
+    parser.add_argument(
+        "--dmabuf", action="store_true", help="with dma-bufs: for kernels whose DMABUF_GET returns the descriptor"
+    )
     parser.add_argument("--record", type=Path, metavar="FILE", help="keep programs and answers (.json.gz)")
     parser.add_argument("--kernel", metavar="VERSION", help="the cached image that --against vm boots")
     parser.add_argument("--kernel-image", type=Path, metavar="PATH", help="the image that --against vm boots")
@@ -196,7 +199,8 @@ class Hunt:
         self.target = target
         self.model = model
         self.seed = seed
-        self.calls = args.calls
+        self.calls: int = args.calls
+        self.dmabuf: bool = args.dmabuf
         self.limit = time.monotonic() + args.time
         self.recording = args.record is not None
         #: Programs that were not run, as a real kernel would warn of itself.
@@ -209,7 +213,7 @@ class Hunt:
         for number in numbers:
             if time.monotonic() > self.limit:
                 return
-            program = generate(self.seed, number, self.calls)
+            program = generate(self.seed, number, self.calls, self.dmabuf)
             frame = self.frame(number, program)
             ours = self._pending[number][2]
             if isinstance(ours, Broken) and ours.excused:
@@ -322,7 +326,7 @@ def _live(console: Console, args: argparse.Namespace, target: Target) -> int:
 
 
 def _show_program(console: Console, hunt: Hunt, number: int) -> None:
-    program = generate(hunt.seed, number, hunt.calls)
+    program = generate(hunt.seed, number, hunt.calls, hunt.dmabuf)
     compiled = compile_program(program)
     ours = hunt.model.run(program, compiled)
     if isinstance(ours, Broken):
@@ -344,7 +348,7 @@ def _report(console: Console, hunt: Hunt, found: Run, most: int, args: argparse.
         told = hunt.ask(small)
         console.rule(f"{len(findings)} programs: {finding.signature}")
         options = f"--against {args.against}" + (f" --kernel-image {args.kernel_image}" if args.kernel_image else "")
-        calls = f" --calls {hunt.calls}" if hunt.calls != 30 else ""
+        calls = (f" --calls {hunt.calls}" if hunt.calls != 30 else "") + (" --dmabuf" if hunt.dmabuf else "")
         console.print(
             f"first: iommulab fuzz {options} --seed {hunt.seed} --program {finding.number}{calls}",
             markup=False,

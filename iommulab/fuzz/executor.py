@@ -30,8 +30,8 @@ from uapi.iommufd import IOMMU_DESTROY
 from uapi.iommufd_test import IOMMU_TEST_CMD, IOMMU_TEST_OP_MD_CHECK_REFS, iommu_test_cmd
 from uapi.linux import read_status
 
-#: Kinds of steps.
-IOCTL, READ, WRITE, CLOSE, POLL, UNMAP, PROTECT = range(7)
+#: Kinds of steps. The result of an FD_IOCTL is a descriptor.
+IOCTL, READ, WRITE, CLOSE, POLL, UNMAP, PROTECT, FD_IOCTL = range(8)
 #: Ids that the final state tries to destroy.
 IDS = 20
 #: A page with more pins than this counts as that.
@@ -162,11 +162,14 @@ class Executor:
         moved = False
         for step in steps:
             kind = step[0]
-            if kind == IOCTL:
+            if kind in (IOCTL, FD_IOCTL):
                 _, request, address, slot, patches = step
                 for target, source, count in patches:
                     work[target : target + count] = work[source : source + count]
                 result = door.ioctl(iommu, request, address)
+                if kind == FD_IOCTL and result > 0:
+                    work[slot : slot + 4] = result.to_bytes(4, "little")
+                    result = 1
                 if slot >= 0 and result >= 0:
                     opened.append(int.from_bytes(work[slot : slot + 4], "little"))
                     slots.append(slot)
@@ -181,7 +184,7 @@ class Executor:
         for slot in slots:
             work[slot : slot + 4] = b"\1\0\0\0"
         for step in steps if slots else ():
-            if step[0] == IOCTL:
+            if step[0] in (IOCTL, FD_IOCTL):
                 for target, source, count in step[4]:
                     if source in slots:
                         work[target : target + count] = b"\1\0\0\0"[:count]

@@ -23,16 +23,16 @@ from iommulab.fuzz.world import Area
 _MIX = 0x9E3779B97F4A7C15
 
 
-def generate(seed: int, number: int, calls: int = 30) -> Program:
-    """Program `number` of a seed: `calls` calls, and the questions after them."""
-    return Generator(random.Random((seed * _MIX + number) % (1 << 64))).program(calls)
+def generate(seed: int, number: int, calls: int = 30, dmabuf: bool = False) -> Program:
+    """Program `number` of a seed: `calls` calls, and the questions after them. `dmabuf`: with dma-bufs."""
+    return Generator(random.Random((seed * _MIX + number) % (1 << 64)), dmabuf).program(calls)
 
 
 class Generator(QueueActions):
     """Makes one program."""
 
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(rng)
+    def __init__(self, rng: random.Random, dmabuf: bool = False) -> None:
+        super().__init__(rng, dmabuf)
         # Half of the programs look at a few things closely.
         self.weights = [weight * (rng.choice((0.2, 1, 1, 4)) if rng.random() < 0.5 else 1) for weight, _ in ACTIONS]
 
@@ -230,6 +230,7 @@ ACTIONS: list[tuple[float, Callable[[Generator], None]]] = [
     (3, Generator.new_ioas),
     (14, Generator.map),
     (4, Generator.map_file),
+    (4, Generator.use_dmabuf),
     (6, Generator.copy),
     (7, Generator.unmap),
     (2, Generator.iova_ranges),

@@ -15,7 +15,9 @@ SPOILED = 0.14
 class Maker:
     """Adds calls to a program and keeps its world."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, dmabuf: bool = False) -> None:
+        #: Whether the kernel's DMABUF_GET returns what it made.
+        self.dmabuf = dmabuf
         self.rng = rng
         self.calls: list[Call] = []
         self.spoiled = SPOILED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 
 from iommulab.fuzz.maker import Maker
@@ -94,6 +95,32 @@ class MappingActions(Maker):
         if call is not None:
             where = f"&file+{start:#x}" if fd == MEMFD else ""
             ioas.areas.append(Area(iova if flags & 1 else call + "iova", length, where, bool(flags & 2)))
+
+    def use_dmabuf(self) -> None:
+        """Make, map or revoke a dma-buf, where the kernel hands them out."""
+        if not self.dmabuf:
+            return
+        known = self.world.pick(self.world.dmabufs)
+        if known is None or self.coin(0.2):
+            length = self.rng.choice((1, 2, 4, 4)) * PAGE - self.rng.choice((0, 0, 1))
+            call = self.add("IOMMU_TEST_OP_DMABUF_GET", length=length, open_flags=os.O_CLOEXEC | os.O_RDWR)
+            if call is not None:
+                self.world.dmabufs.append((call + "result_fd", (length + PAGE - 1) // PAGE * PAGE))
+            return
+        fd, size = known
+        if self.coin(0.3):
+            self.add("IOMMU_TEST_OP_DMABUF_REVOKE", dmabuf_fd=fd, revoked=int(self.coin(0.6)))
+            return
+        ioas, flags, iova = self._ioas(), self.rng.choice((6, 6, 4)), 0
+        if self.coin(0.6):
+            flags |= 1
+            iova = self.place(ioas)
+        start = self.rng.choice((0, 0, 0, PAGE, 2048))
+        length = max(1, self.rng.choice((size - start, size - start, PAGE, size)))
+        more: dict[str, Value] = {"fd": fd, "start": start, "length": length, "iova": iova}
+        call = self.add("IOMMU_IOAS_MAP_FILE", flags=flags, ioas_id=ioas.ref, **more)
+        if call is not None:
+            ioas.areas.append(Area(iova if flags & 1 else call + "iova", length, "", bool(flags & 2)))
 
     def copy(self) -> None:
         source, target = self.world.pick([ioas for ioas in self.world.ioas if ioas.areas]) or self._ioas(), self._ioas()

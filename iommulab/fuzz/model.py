@@ -19,8 +19,8 @@ class ModelDoor:
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
-        #: The model's own words for its refusals, in order; "" where a call succeeded.
-        self.why: list[str] = []
+        #: The model's refusals of ioctls, in order, with its own words; None where a call succeeded.
+        self.why: list[OSError | None] = []
 
     def open(self) -> int:
         return self.kernel.open(DEV_IOMMU).fileno()
@@ -32,9 +32,9 @@ class ModelDoor:
         try:
             result = self._file(fd).ioctl(request, address)
         except OSError as error:
-            self.why.append(str(error))
+            self.why.append(error)
             return -(error.errno or 0)
-        self.why.append("")
+        self.why.append(None)
         return result
 
     def read(self, fd: int, count: int) -> bytes | int:
@@ -109,7 +109,7 @@ class ModelSide:
     def reasons(self, program: Program) -> list[str]:
         """The model's words for each ioctl of the program that was run last, "" where it succeeded."""
         told = iter(self._door.why)
-        return [next(told, "") if call.is_ioctl else "" for call in program.calls]
+        return [str(next(told, None) or "") if call.is_ioctl else "" for call in program.calls]
 
     def close(self) -> None:
         self._executor.close()

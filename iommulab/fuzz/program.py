@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from iommulab.fuzz.executor import CLOSE, IOCTL, POLL, PROTECT, READ, UNMAP, WRITE, Step
+from iommulab.fuzz.executor import CLOSE, FD_IOCTL, IOCTL, POLL, PROTECT, READ, UNMAP, WRITE, Step
 from iommulab.fuzz.memory import REGIONS, WORK, WORK_SIZE
 from uapi import iommufd_test, registry
 from uapi.cstruct import Struct, Union, fields_of
@@ -26,8 +26,9 @@ from uapi.iommufd_test import IOMMU_TEST_CMD, TEST_OP_MEMBERS, iommu_test_cmd
 
 Value: TypeAlias = "int | str"
 
-#: Outputs that are descriptors.
-FD_FIELDS = ("out_access_fd", "out_fault_fd", "out_veventq_fd")
+#: Outputs that are descriptors; `result_fd` is the result of DMABUF_GET, which the executor puts behind the block.
+FD_FIELDS = ("out_access_fd", "out_fault_fd", "out_veventq_fd", "result_fd")
+_RESULT_AT = 64
 _FILE_CALLS = {"read": READ, "write": WRITE, "close": CLOSE, "poll": POLL}
 _MEMORY_CALLS = {"munmap": UNMAP, "mprotect": PROTECT}
 #: Longest block that a too large `size` makes; what it says beyond that is whatever follows.
@@ -111,6 +112,8 @@ def _layouts() -> dict[str, Layout]:
         # `id` of the union's member, where it has one of its own, is called `index` here.
         if "id" in inner:
             inner["index"] = inner.pop("id")
+        if op == iommufd_test.IOMMU_TEST_OP_DMABUF_GET:
+            inner["result_fd"] = (IOMMU_TEST_CMD.size + _RESULT_AT, 4)
         table[TEST_OPS[op]] = Layout(IOMMU_TEST_CMD.number, IOMMU_TEST_CMD.size, head | inner, preset)
     return table
 
@@ -178,6 +181,7 @@ class _Compiler:
             size = call.fields.get("size", call.fields.get("argsz", 0))
             asked = min(size, _MAX_BLOCK) if isinstance(size, int) else 0
             room = max(layout.size + len(call.tail) // 2, asked)
+            room = max(room, *(offset + size for offset, size in layout.fields.values())) if layout.fields else room
         elif call.name == "write":
             room = len(call.fields["words"]) * 4
         start = self._allot(room)
@@ -234,6 +238,8 @@ class _Compiler:
             arg = WORK + block if call.arg is None else call.arg
             fd = next((block + layout.fields[name][0] for name in FD_FIELDS if name in layout.fields), -1)
             where = address(arg) if isinstance(arg, str) else arg
+            if "result_fd" in layout.fields:
+                return (FD_IOCTL, layout.request, where, fd, patches)
             return (IOCTL, layout.request, where, fd if call.arg is None else -1, patches)
         if call.name in _MEMORY_CALLS:
             more = (call.fields["prot"],) if call.name == "mprotect" else ()

@@ -22,13 +22,16 @@ kernel = LinuxBackend()  # or Kernel("mock")
 iommu = kernel.open("/dev/iommu")
 
 def call(ioctl, arg=None, tail=b"", **fields):
-    room = ctypes.create_string_buffer(bytes(ioctl.make()) + tail if ioctl.struct else b"", ioctl.size + len(tail))
-    block = ioctl.struct.from_buffer(room) if ioctl.struct else None
+    data = bytes(ioctl.make()) + tail if ioctl.struct else b"0"
+    room = ctypes.create_string_buffer(data, len(data))
+    block = (ioctl.struct or ctypes.c_char).from_buffer(room)
     for name, value in fields.items():
         inner, _, last = name.rpartition("__in__")
         setattr(getattr(block, inner) if inner else block, last, value)
     try:
-        print(ioctl.name, "=", ioctl.raw(iommu, room if arg is None else arg))
+        result = ioctl.raw(iommu, room if arg is None else arg)
+        print(ioctl.name, "=", result)
+        block.result_fd = result
     except OSError as error:
         print(ioctl.name, errno.errorcode[error.errno])
     return block
@@ -79,7 +82,7 @@ def _value(value: Any, calls: list[Call]) -> str:
 
 def _field(name: str, field: str) -> str:
     member = _MEMBER.get(name)
-    if member is None or field in ("size", "op", "id", "__reserved", "last"):
+    if member is None or field in ("size", "op", "id", "__reserved", "last", "result_fd"):
         return field
     return f"{member}.{'id' if field == 'index' else field}"
 

@@ -97,6 +97,8 @@ class World:
     #: Ids of vDEVICEs and HW queues, and virtual ids in use.
     others: list[str] = field(default_factory=list)
     virtual: list[int] = field(default_factory=list)
+    #: Descriptors of dma-bufs, with their length.
+    dmabufs: list[tuple[str, int]] = field(default_factory=list)
     compat: Ioas | None = None
 
     def pick(self, pool: list[T]) -> T | None:
