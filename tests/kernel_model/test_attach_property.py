@@ -63,7 +63,7 @@ class Bench:
             case "replace":
                 answer(mock_replace, self.iommu, stdev, self.pick(args[1]))
             case "attach":
-                answer(pasid_attach, self.iommu, stdev, args[1], self.pick(args[2]))
+                answer(pasid_attach, self.iommu, stdev, args[1], self.pick(args[2], Hwpt))
             case "pasid_replace":
                 answer(pasid_replace, self.iommu, stdev, args[1], self.pick(args[2]))
             case "detach":
