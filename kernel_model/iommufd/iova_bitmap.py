@@ -140,8 +140,8 @@ class IovaBitmap:
 
     def _or(self, address: int, bits: bytes | bytearray) -> None:
         """Set the bits from `address` on. EFAULT: some of it cannot be written; it may have been up to there."""
-        there = self._call.copy_from_user(address, len(bits))
-        self._call.copy_to_user(address, _united(there, bits))
+        mm = self._call.process.mm  # through pinned pages: not a copy_to_user() that fault injection may fail
+        mm.write(address, _united(mm.read(address, len(bits)), bits))
 
     def _pinnable(self, address: int, npages: int) -> int:
         """How many of the pages from `address` on can be pinned for writing, up to the first that cannot."""

@@ -32,12 +32,12 @@ class Memory:
         page = (address - self.base) // PAGE
         return 0 <= page < self.npages and page not in self.bad
 
-    def copy_from_user(self, address: int, length: int) -> bytes:
+    def read(self, address: int, length: int) -> bytes:
         if not all(self._good(where) for where in {*range(address, address + length, PAGE), address + length - 1}):
             raise KernelError(errno.EFAULT, "")
         return bytes(self.data[address - self.base : address - self.base + length])
 
-    def copy_to_user(self, address: int, data: bytes) -> None:
+    def write(self, address: int, data: bytes) -> None:
         for index, byte in enumerate(data):
             if not self._good(address + index):
                 raise KernelError(errno.EFAULT, "")
