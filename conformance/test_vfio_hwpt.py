@@ -342,7 +342,7 @@ def test_get_dirty_bitmap_of_a_hwpt_without_tracking_is_eopnotsupp(device: VfioD
     with fails(errno.EOPNOTSUPP):
         IOMMU_HWPT_GET_DIRTY_BITMAP(iommu, hwpt_id=hwpt, iova=0, length=PAGE, page_size=PAGE, data=NOWHERE)
     with fails(errno.EINVAL):  # its own arguments come first
-        IOMMU_HWPT_GET_DIRTY_BITMAP(iommu, hwpt_id=hwpt, iova=0, length=0, page_size=PAGE, data=NOWHERE)
+        IOMMU_HWPT_GET_DIRTY_BITMAP(iommu, hwpt_id=hwpt, iova=0, length=PAGE, page_size=0, data=NOWHERE)
 
 
 @pytest.mark.since("6.13")  # before vIOMMUs it was ENOENT

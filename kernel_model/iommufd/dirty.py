@@ -16,6 +16,7 @@ from kernel_model.iommufd.ctx import Context, table
 from kernel_model.iommufd.hwpt import HwptPaging
 from kernel_model.iommufd.io_pagetable import IoPagetable
 from kernel_model.iommufd.iova_bitmap import IovaBitmap
+from uapi.behaviours import has
 from uapi.iommufd import (
     IOMMU_HWPT_DIRTY_TRACKING_ENABLE,
     IOMMU_HWPT_GET_DIRTY_BITMAP,
@@ -66,9 +67,10 @@ def get_dirty_bitmap(ucmd: UserCommand[Context, iommu_hwpt_get_dirty_bitmap]) ->
         raise KernelError(errno.EOPNOTSUPP, f"flags {cmd.flags:#x} or __reserved")
     hwpt = ucmd.ctx.objects.get(cmd.hwpt_id, HwptPaging)
     iova, length, page_size = cmd.iova, cmd.length, cmd.page_size
-    if not length:
-        raise KernelError(errno.EINVAL, "length is zero")
-    end = iova + length
+    if not length and (iova or has(ucmd.ctx.kernel.release, "dirty-bitmap-length-0")):
+        known = has(ucmd.ctx.kernel.release, "dirty-bitmap-length-0")
+        raise KernelError(errno.EINVAL if known else errno.EOVERFLOW, "length is zero")
+    end = iova + (length or U64_MAX + 1)
     if end - 1 > U64_MAX:
         raise KernelError(errno.EOVERFLOW, f"{iova:#x} + {length:#x} wraps")
     mask = hwpt.ioas.iopt.iova_alignment - 1

@@ -8,6 +8,7 @@ import pytest
 
 from conformance.drivers.vfio import VfioDevice
 from conformance.mock import mock_domain
+from conformance.mock_dirty import tracked_hwpt
 from conformance.steps import fails
 from kernel_model.kernel import Kernel
 from uapi.backend import DEV_IOMMU
@@ -18,6 +19,7 @@ from uapi.iommufd import (
     IOMMU_HW_INFO_FLAG_INPUT_TYPE,
     IOMMU_HWPT_ALLOC,
     IOMMU_HWPT_ALLOC_PASID,
+    IOMMU_HWPT_GET_DIRTY_BITMAP,
     IOMMU_IOAS_ALLOC,
 )
 from uapi.version import MAINLINE
@@ -81,6 +83,24 @@ def test_mock_device_beside_a_real_iommu_came_with_6_17(release: str, beside: bo
             with fails(errno.EINVAL):
                 mock_domain(iommu, page_table)
         assert IOMMU_IOAS_ALLOC(iommu).out_ioas_id == ioas + 1
+
+
+@pytest.mark.parametrize(
+    ("release", "error"),
+    [
+        ("6.12.95", errno.EOVERFLOW),
+        ("6.12.117", errno.EINVAL),
+        ("6.13", errno.EOVERFLOW),
+        ("7.2", errno.EOVERFLOW),
+        ("7.3", errno.EINVAL),
+    ],
+)
+def test_dirty_bitmap_of_no_bytes_is_einval_since_7_3(release: str, error: int) -> None:
+    with Kernel("mock", release) as kernel, kernel.open(DEV_IOMMU) as iommu:
+        ioas = IOMMU_IOAS_ALLOC(iommu).out_ioas_id
+        hwpt = tracked_hwpt(iommu, mock_domain(iommu, ioas).idev, ioas)
+        with fails(error):
+            IOMMU_HWPT_GET_DIRTY_BITMAP(iommu, hwpt_id=hwpt, iova=4096, length=0, page_size=4096)
 
 
 @pytest.mark.parametrize("release", [release for release in MAINLINE if release != OLDEST])
