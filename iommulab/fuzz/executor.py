@@ -27,11 +27,16 @@ from typing import Any, Protocol, TypeAlias
 from iommulab.fuzz.memory import FIRST_FD, NULL_FD, PAGE, REGIONS, SYSTEM, WATCHED, WORK, Memory
 from uapi.backend import DEV_IOMMU
 from uapi.iommufd import IOMMU_DESTROY
-from uapi.iommufd_test import IOMMU_TEST_CMD, IOMMU_TEST_OP_MD_CHECK_REFS, iommu_test_cmd
+from uapi.iommufd_test import (
+    IOMMU_TEST_CMD,
+    IOMMU_TEST_OP_MD_CHECK_REFS,
+    IOMMU_TEST_OP_PASID_DETACH,
+    iommu_test_cmd,
+)
 from uapi.linux import read_status
 
-#: Kinds of steps. The result of an FD_IOCTL is a descriptor.
-IOCTL, READ, WRITE, CLOSE, POLL, UNMAP, PROTECT, FD_IOCTL = range(8)
+#: Kinds of steps. The result of an FD_IOCTL is a descriptor; DETACH has no result: it frees every device of PASIDs.
+IOCTL, READ, WRITE, CLOSE, POLL, UNMAP, PROTECT, FD_IOCTL, DETACH = range(9)
 #: Ids that the final state tries to destroy.
 IDS = 20
 #: A page with more pins than this counts as that.
@@ -176,10 +181,12 @@ class Executor:
             elif kind in (UNMAP, PROTECT):
                 moved = True
                 result = memory.unmap(*step[1:]) if kind == UNMAP else memory.protect(*step[1:])
+            elif kind == DETACH:
+                self._detach(iommu, step[1])
+                continue
             else:
                 result = self._file_step(step, opened, slots)
             results.append(result)
-        final = self._final(iommu, opened, main_first, moved)
         # Numbers of descriptors are nobody's business: 1, where the kernel wrote them and where they were used.
         for slot in slots:
             work[slot : slot + 4] = b"\1\0\0\0"
@@ -188,7 +195,17 @@ class Executor:
                 for target, source, count in step[4]:
                     if source in slots:
                         work[target : target + count] = b"\1\0\0\0"[:count]
-        return results, bytes(work[: len(image) + 256]), final
+        written = bytes(work[: len(image) + 256])
+        return results, written, self._final(iommu, opened, main_first, moved)
+
+    def _detach(self, iommu: int, pasids: Sequence[int]) -> None:
+        """Detach these PASIDs of every device: a mock device that dies with one attached is a kernel's WARN and leak."""
+        block = iommu_test_cmd(size=IOMMU_TEST_CMD.size, op=IOMMU_TEST_OP_PASID_DETACH)
+        for pasid in pasids:
+            block.pasid_detach.pasid = pasid
+            for number in range(1, IDS + 1):
+                block.id = number
+                self._door.ioctl(iommu, IOMMU_TEST_CMD.number, ctypes.addressof(block))
 
     def _file_step(self, step: Step, opened: list[int], slots: list[int]) -> int:
         """A call on a file that an earlier step opened; EBADF where that failed."""

@@ -211,8 +211,6 @@ class Generator(QueueActions):
                     page_size=PAGE,
                     data=">16",
                 )
-        for device in world.devices:
-            self._detach_all(device)
 
 
 SCENES: list[Callable[[Generator], None]] = [

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from iommulab.fuzz.executor import CLOSE, FD_IOCTL, IOCTL, POLL, PROTECT, READ, UNMAP, WRITE, Step
+from iommulab.fuzz.executor import CLOSE, DETACH, FD_IOCTL, IOCTL, POLL, PROTECT, READ, UNMAP, WRITE, Step
 from iommulab.fuzz.memory import REGIONS, WORK, WORK_SIZE
 from uapi import iommufd_test, registry
 from uapi.cstruct import Struct, Union, fields_of
@@ -30,6 +30,7 @@ Value: TypeAlias = "int | str"
 FD_FIELDS = ("out_access_fd", "out_fault_fd", "out_veventq_fd", "result_fd")
 _RESULT_AT = 64
 _FILE_CALLS = {"read": READ, "write": WRITE, "close": CLOSE, "poll": POLL}
+_PASID_CALLS = ("IOMMU_TEST_OP_PASID_ATTACH", "IOMMU_TEST_OP_PASID_REPLACE")
 _MEMORY_CALLS = {"munmap": UNMAP, "mprotect": PROTECT}
 #: Longest block that a too large `size` makes; what it says beyond that is whatever follows.
 _MAX_BLOCK = 256
@@ -165,6 +166,9 @@ class _Compiler:
                 if call.name == "read" and wanted == ">":
                     self._target(index, "data", f">{read_count(call)}")
         steps = [self._step(index, call) for index, call in enumerate(self.calls)]
+        attached = [call.fields.get("pasid", 0) for call in self.calls if call.name in _PASID_CALLS]
+        if attached:
+            steps.append((DETACH, tuple(sorted({pasid for pasid in attached if isinstance(pasid, int)}))))
         if len(self.image) + 256 > WORK_SIZE:
             raise ValueError("the program is too long for its memory")
         return Compiled(bytes(self.image), steps, self.places)
