@@ -242,6 +242,7 @@ def test_pages_are_pinned_once_with_the_domains(iommu: File, ids: Guest, buffer:
     check_refs(iommu, buffer.address, 2 * PAGE, 1)
 
 
+@pytest.mark.needs("huge_pages")
 def test_queue_may_span_mappings_whose_pages_are_contiguous(kernel: Backend, iommu: File, ids: Guest) -> None:
     with kernel.buffer(2 << 20, huge=True) as huge:
         huge.view[0] = 1
@@ -255,11 +256,6 @@ def test_queue_may_span_mappings_whose_pages_are_contiguous(kernel: Backend, iom
         with fails(errno.ENOENT):  # the last byte is one too far
             hw_queue_alloc(iommu, ids.viommu, 0, IOVA + PAGE, 7 * PAGE + 1)
         destroy_guest(iommu, ids)
-
-
-test_queue_may_span_mappings_whose_pages_are_contiguous = pytest.mark.needs("huge_pages")(
-    test_queue_may_span_mappings_whose_pages_are_contiguous
-)
 
 
 def destroy_guest(iommu: File, ids: Guest) -> None:

@@ -37,7 +37,6 @@ from uapi.iommufd import (
     IOMMU_HWPT_ALLOC_PASID,
     IOMMU_HWPT_FAULT_ID_VALID,
     IOMMU_HWPT_INVALIDATE,
-    IOMMU_VDEVICE_ALLOC,
     IOMMU_VIOMMU_ALLOC,
     IOMMU_VIOMMU_TYPE_ARM_SMMUV3,
     IOMMU_VIOMMU_TYPE_TEGRA241_CMDQV,
@@ -459,10 +458,3 @@ def test_more_entries_than_fit_the_kernels_memory(kernel: Backend, iommu: File, 
     with fails(errno.ENOMEM):
         IOMMU_HWPT_INVALIDATE.raw(iommu, arg)
     kernel.note("entry_num", arg.entry_num)
-
-
-def test_vdevice_checks_come_in_order(iommu: File, ids: Guest) -> None:
-    """Here beside the vIOMMU's own: both ids are missing at once, then one."""
-    for fields in ({"viommu_id": 99, "dev_id": 99}, {"viommu_id": ids.viommu, "dev_id": 99}):
-        with fails(errno.ENOENT):
-            IOMMU_VDEVICE_ALLOC(iommu, virt_id=1, **fields)

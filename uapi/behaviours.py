@@ -196,7 +196,7 @@ TABLE: tuple[Behaviour, ...] = (
         "a vDEVICE whose device goes leaves a tombstone: its id is never used again",
         "a bound device with a vDEVICE cannot go first",
         UNVERIFIED,
-        test="conformance/test_mock_viommu.py",
+        test="conformance/test_mock_vdevice.py",
         modelled=False,
         note="6.13 to 6.16 keep the device until the vDEVICE is destroyed",
     ),

@@ -10,19 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conformance.mock import mock_domain, mock_replace
+from conformance.mock import APERTURE, mock_domain, mock_replace
 from conformance.mock_guest import (
     EVENT,
     HEADER,
     PUBLISHED,
     guest,
+    hw_queue_alloc,
     nested_hwpt,
     publish,
     trigger_vevent,
     vdevice_alloc,
     veventq_alloc,
+    viommu_alloc,
 )
-from conformance.steps import answer, destroy, ioas_alloc
+from conformance.steps import answer, destroy, ioas_alloc, map_user, unmap
 from kernel_model.kernel import Kernel
 from uapi.iommufd import IOMMU_VEVENTQ_FLAG_LOST_EVENTS
 
@@ -141,6 +143,46 @@ def test_tombstones_are_the_ids_of_vdevices_whose_device_went(kernel: Kernel, st
         assert not new & dead
     with kernel.open("/dev/iommu") as again:
         assert ioas_alloc(again) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("queue"), st.integers(0, 7 * PAGE), st.integers(1, 3 * PAGE)),
+            st.tuples(st.just("unmap"), st.integers(0, 7), st.integers(1, 8)),
+            st.tuples(st.just("destroy"), st.integers(0, 9), st.just(0)),
+        ),
+        max_size=20,
+    )
+)
+def test_unmap_stops_at_the_first_page_of_a_queue(kernel: Kernel, steps: list[tuple[str, int, int]]) -> None:
+    """Eight pages, each a mapping of its own; every queue has a vIOMMU of its own."""
+    start = APERTURE[0]
+    with kernel.open("/dev/iommu") as iommu, kernel.buffer(8 * PAGE) as memory:
+        ids = guest(iommu)
+        for page in range(8):
+            map_user(iommu, ids.ioas, memory.address + page * PAGE, PAGE, start + page * PAGE)
+        mapped = set(range(8))
+        queues: list[tuple[int, set[int]]] = []
+        for step, first, count in steps:
+            if step == "queue":
+                pages = set(range(first // PAGE, (first + count - 1) // PAGE + 1))
+                viommu = viommu_alloc(iommu, ids.idev, ids.parent)
+                if pages <= mapped:
+                    queues.append((hw_queue_alloc(iommu, viommu, 0, start + first, count), pages))
+                else:
+                    assert answer(hw_queue_alloc, iommu, viommu, 0, start + first, count) == errno.ENOENT
+                    destroy(iommu, viommu)
+            elif step == "destroy" and queues:
+                destroy(iommu, queues.pop(first % len(queues))[0])
+            elif step == "unmap":
+                there = sorted(page for page in mapped if first <= page < first + count)
+                locked = set().union(*(pages for _, pages in queues))
+                stop = next((page for page in there if page in locked), None)
+                expected = errno.EBUSY if stop is not None else 0 if there else errno.ENOENT
+                assert answer(unmap, iommu, ids.ioas, start + first * PAGE, count * PAGE) == expected
+                mapped -= {page for page in there if stop is None or page < stop}
 
 
 def test_without_dev_shm_the_pages_lie_in_a_memfd(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
