@@ -199,7 +199,7 @@ class Executor:
         return results, written, self._final(iommu, opened, main_first, moved)
 
     def _detach(self, iommu: int, pasids: Sequence[int]) -> None:
-        """Detach these PASIDs of every device: a mock device that dies with one attached is a kernel's WARN and leak."""
+        """Detach these PASIDs of every device: one that dies with a PASID attached is a WARN and a leak on 7.3."""
         block = iommu_test_cmd(size=IOMMU_TEST_CMD.size, op=IOMMU_TEST_OP_PASID_DETACH)
         for pasid in pasids:
             block.pasid_detach.pasid = pasid
