@@ -5,7 +5,9 @@ pinned once however many areas and domains use it, and unpinned when the last on
 `Pages` and pin and pay twice. Nothing is looked at before the first pin.
 
 A pin here holds no page of the host's kernel. It checks what the kernel would check (mapped, permitted, of a kind that
-can be pinned), finds the physical addresses, keeps memory alive where the model owns it, and charges the account.
+can be pinned), finds the physical addresses, keeps memory alive where the model owns it, and charges the account. Left
+out: making pages (a hole of a file stays one until it is used), and pages that another process unmaps while pinned:
+they are gone, or what is mapped there next.
 """
 
 from __future__ import annotations

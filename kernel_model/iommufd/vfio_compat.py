@@ -4,7 +4,7 @@
 container (spec by the kernel's Documentation/userspace-api/iommufd.rst): no dirty pages, no vaddr updates, no entry
 limit, and type 1 (not v2) really cuts mappings, which it can because it never maps large pages.
 
-Left out: no-IOMMU mode.
+Left out: no-IOMMU mode. Only a group of VFIO's older interface puts a context into it, and the model has none.
 """
 
 from __future__ import annotations
