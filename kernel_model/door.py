@@ -192,9 +192,10 @@ class MemoryMapping(LinuxMapping):
         """munmap(2)."""
         if self._open:
             super().close()
-            with self._kernel.entered():
-                self._kernel.mappings.remove(self)
-                self._memory.unmapped()
+            if self._kernel.alive:
+                with self._kernel.entered():
+                    self._kernel.mappings.remove(self)
+                    self._memory.unmapped()
 
 
 class ModelFile:

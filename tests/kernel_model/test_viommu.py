@@ -185,6 +185,16 @@ def test_unmap_stops_at_the_first_page_of_a_queue(kernel: Kernel, steps: list[tu
                 mapped -= {page for page in there if stop is None or page < stop}
 
 
+def test_mapping_that_outlives_the_kernel_can_be_closed() -> None:
+    with Kernel("mock") as short:
+        iommu = short.open("/dev/iommu")
+        _, offset = publish(iommu, guest(iommu))
+        mapping = iommu.mmap(PUBLISHED, offset)
+    assert mapping.read(0, 4) == 0xBEEF
+    mapping.close()
+    iommu.close()
+
+
 def test_without_dev_shm_the_pages_lie_in_a_memfd(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernel_model.iommufd.published._SHM", "/nowhere")
     with kernel.open("/dev/iommu") as iommu:
