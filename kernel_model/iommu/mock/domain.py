@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.fault_injection import alloc_page, injecting, kmalloc
 from kernel_model.iommu.core import IOMMU_DIRTY_NO_CLEAR, IOMMU_DOMAIN_BLOCKED, IOMMU_READ, IOMMU_WRITE, IommuDriver
-from kernel_model.iommu.mock.attach import MockDevice as MockDevice
-from kernel_model.iommu.mock.attach import MockDomain as MockDomain
+from kernel_model.iommu.mock.attach import MockDomain
 from kernel_model.iommu.mock.table import LeafTable, Leaves, leaves
 from uapi.iommufd_test import MOCK_APERTURE_LAST, MOCK_APERTURE_START, MOCK_HUGE_PAGE_SIZE
 

@@ -21,7 +21,8 @@ from kernel_model.iommu.core import (
     ResvRegion,
 )
 from kernel_model.iommu.mock.array import MockArrayDomain
-from kernel_model.iommu.mock.domain import MockBlockingDomain, MockDevice, MockPagingDomain
+from kernel_model.iommu.mock.attach import MockDevice
+from kernel_model.iommu.mock.domain import MockBlockingDomain, MockPagingDomain
 from kernel_model.iommu.mock.nested import MockNestedDomain
 from kernel_model.iommu.mock.viommu import MockViommu
 from uapi.behaviours import has

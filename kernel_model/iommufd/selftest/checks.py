@@ -14,7 +14,7 @@ from kernel_model.errors import KernelError
 from kernel_model.file import SystemCall
 from kernel_model.interval import U64_MAX
 from kernel_model.iommu.core import IOMMU_DOMAIN_UNMANAGED
-from kernel_model.iommu.mock.domain import MockDevice
+from kernel_model.iommu.mock.attach import MockDevice
 from kernel_model.iommufd.device import IommufdDevice
 from kernel_model.iommufd.hwpt import HwptPaging
 from kernel_model.iommufd.ioas import Ioas
