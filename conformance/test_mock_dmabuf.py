@@ -55,6 +55,7 @@ from uapi.backend import Backend, File
 from uapi.iommufd import (
     IOMMU_IOAS_CHANGE_PROCESS,
     IOMMU_IOAS_MAP_FILE,
+    IOMMU_IOAS_NOIOMMU_GET_PA,
     IOMMU_OPTION_HUGE_PAGES,
     IOMMU_VFIO_IOAS,
     IOMMU_VFIO_IOAS_SET,
@@ -507,6 +508,18 @@ def test_revoked_mapping_is_still_einval_to_an_access(kernel: Backend, iommu: Fi
     with fails(errno.EINVAL):
         access_rw(iommu, access, START, PAGE, buffer.address)
     os.close(access)
+
+
+@with_fd
+@pytest.mark.since("7.3")
+def test_physical_address_of_a_revoked_mapping_is_einval(iommu: File, ioas: int, dmabuf: int) -> None:
+    """It is asked before whether the mapping is for a device without an IOMMU."""
+    map_file(iommu, ioas, dmabuf, 0, SIZE, iova=START)
+    with fails(errno.EOPNOTSUPP):
+        IOMMU_IOAS_NOIOMMU_GET_PA(iommu, ioas_id=ioas, iova=START, length=PAGE)
+    dmabuf_revoke(iommu, dmabuf)
+    with fails(errno.EINVAL):
+        IOMMU_IOAS_NOIOMMU_GET_PA(iommu, ioas_id=ioas, iova=START, length=PAGE)
 
 
 @with_fd
