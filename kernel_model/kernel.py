@@ -392,10 +392,7 @@ class Kernel:
 
     def add_process(self, pid: int, credentials: Credentials) -> Process:
         """Make a process known as a client. EAGAIN: the model has room for 15 of them."""
-        for mm in [mm for mm in self._retired_mms if not mm.pins]:
-            self._retired_mms.remove(mm)
-            self.memory.remove_window(mm.window)
-            self._free_mms.append(mm.window // TASK_SIZE)
+        self._forget_mms()
         if not self._free_mms:
             raise OSError(errno.EAGAIN, "the model has room for 15 client processes")
         mm = Mm(pid, self._free_mms.pop())
@@ -421,7 +418,15 @@ class Kernel:
                 return
             with self.entered():
                 self._retired_mms.append(process.mm)
+                self._forget_mms()
                 self.faults.task_exited()
+
+    def _forget_mms(self) -> None:
+        """Address spaces of exited processes in which nothing is pinned any more."""
+        for mm in [mm for mm in self._retired_mms if not mm.pins]:
+            self._retired_mms.remove(mm)
+            self.memory.remove_window(mm.window)
+            self._free_mms.append(mm.window // TASK_SIZE)
 
     def disown(self, reason: str) -> None:
         """Refuse every further call: this copy of the model is in a forked child."""

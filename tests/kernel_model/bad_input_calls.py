@@ -267,6 +267,7 @@ class Generator:
         return rng.choice([
             ["read", slot, count], ["pread", slot, count, offset], ["write", slot, data],
             ["pwrite", slot, data, offset],
+            ["read_to", slot, self.pointer(), count & U64], ["write_from", slot, self.pointer(), count & U64],
             ["poll", slot, rng.getrandbits(16)],
             ["mmap", slot, rng.choice([PAGE, PAGE, 1 << 20, 1, 0, -1, 1 << 46, (1 << 63) - 1]),
              rng.choice([0, 0, 0, PAGE, -PAGE, 1 << 40, 7 << 40, 1]), rng.choice([3, 3, 1, 2, 0, 4, 7]),

@@ -296,6 +296,12 @@ class World:
     def do_pwrite(self, slot: int, data: str, offset: int) -> int:
         return self._file(slot).pwrite(bytes.fromhex(data), offset)
 
+    def do_read_to(self, slot: int, pointer: Any, count: int) -> int:
+        return self._file(slot).read_to(self.address(pointer), count)
+
+    def do_write_from(self, slot: int, pointer: Any, count: int) -> int:
+        return self._file(slot).write_from(self.address(pointer), count)
+
     def do_poll(self, slot: int, events: int) -> int:
         return self._file(slot).poll(events)
 
