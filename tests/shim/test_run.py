@@ -182,7 +182,7 @@ print(struct.unpack('3I', fcntl.ioctl(fd, 0x3b81, struct.pack('3I', 12, 0, 0))))
     done = run_python(program, "--bind", "0000:00:10.0")
     assert done.stdout == "19\n(12, 0, 2)\n"
     assert re.search(r"iommulab run: system call 9\(.*\) of \d+ failed inside:", done.stderr)
-    assert "mappings are not served yet" in done.stderr
+    assert "mappings of registers are not served yet" in done.stderr
     assert done.returncode == 0
 
 
