@@ -31,6 +31,7 @@ _IGNORED = {
     # Made at first use, and kept.
     "Group": {"blocking_domain"},
     "VfioPciDevice": {"_saved"},
+    "PublishedPages": {"_fd"},
     "Mm": {
         "alive",
         "pins",
