@@ -409,7 +409,7 @@ def test_reply_of_a_replace_that_cannot_be_written_keeps_the_effect(iommu: File,
 
 
 @pytest.mark.parametrize("flags", [0, NO_DIRTY, PASID, NO_DIRTY | PASID])
-@pytest.mark.since("6.17")
+@pytest.mark.since("7.2")
 def test_hw_info_of_a_mock_device(iommu: File, ioas: int, flags: int) -> None:
     mock = mock_domain_flags(iommu, ioas, flags)
     with arena(1) as memory:

@@ -124,6 +124,7 @@ def test_every_piece_is_mapped_and_pinned_once(iommu: File, ioas: int, memory: M
     check_refs(iommu, memory.address, PAGES * PAGE, 0)
 
 
+@pytest.mark.since("6.6")
 @pytest.mark.usefixtures("limit")
 def test_domain_that_comes_and_goes_pins_nothing_anew(iommu: File, ioas: int, memory: Memory) -> None:
     first_device = mock_domain(iommu, ioas)
