@@ -231,6 +231,22 @@ def test_write_to_a_private_page_that_is_mapped_for_reading_does_not_move_it(iom
     view.close()
 
 
+def _map_for_nothing(iommu: File, address: int) -> None:
+    fields = {"flags": 0, "vaddr": address, "iova": START, "size": PAGE}
+    VFIO_IOMMU_MAP_DMA(iommu, argsz=ctypes.sizeof(vfio_iommu_type1_dma_map), **fields)
+
+
+@pytest.mark.lacks("mock-generic-pt")
+def test_container_could_map_for_neither_reading_nor_writing(kernel: Backend, iommu: File, ioas: int) -> None:
+    IOMMU_VFIO_IOAS(iommu, ioas_id=ioas, op=IOMMU_VFIO_IOAS_SET)
+    hwpt = mock_domain(iommu, ioas).hwpt
+    with contextlib.closing(kernel.buffer(PAGE)) as buffer:
+        _map_for_nothing(iommu, buffer.address)
+        check_map(iommu, hwpt, START, PAGE, buffer.address)
+        unmap(iommu, ioas, START, PAGE)
+
+
+@pytest.mark.has("mock-generic-pt")
 def test_container_may_map_for_neither_reading_nor_writing_only_without_a_domain(kernel: Backend, iommu: File) -> None:
     """With a domain EINVAL, which the kernel warns of; without one it is mapped, and then no domain comes in."""
     other = ioas_alloc(iommu)
@@ -238,14 +254,13 @@ def test_container_may_map_for_neither_reading_nor_writing_only_without_a_domain
     IOMMU_VFIO_IOAS(iommu, ioas_id=ioas, op=IOMMU_VFIO_IOAS_SET)
     device = mock_domain(iommu, other)
     with contextlib.closing(kernel.buffer(PAGE)) as buffer:
-        fields = {"flags": 0, "vaddr": buffer.address, "iova": START, "size": PAGE}
-        VFIO_IOMMU_MAP_DMA(iommu, argsz=ctypes.sizeof(vfio_iommu_type1_dma_map), **fields)
+        _map_for_nothing(iommu, buffer.address)
         with fails(errno.EINVAL):
             hwpt_alloc(iommu, device.idev, ioas)
         unmap(iommu, ioas, START, PAGE)
         hwpt_alloc(iommu, device.idev, ioas)
         with fails(errno.EINVAL):
-            VFIO_IOMMU_MAP_DMA(iommu, argsz=ctypes.sizeof(vfio_iommu_type1_dma_map), **fields)
+            _map_for_nothing(iommu, buffer.address)
         check_refs(iommu, buffer.address, PAGE, 0)
 
 

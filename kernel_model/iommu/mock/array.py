@@ -14,6 +14,8 @@ from uapi.iommufd_test import MOCK_HUGE_PAGE_SIZE, MOCK_PAGE_SIZE
 class MockArrayDomain(MockPagingDomain):
     """`struct mock_iommu_domain` with its `pfns`."""
 
+    needs_access = False
+
     def __init__(self, owner: IommuDriver, huge: bool, dirty: bool) -> None:
         super().__init__(owner, False, dirty)
         self.pgsize_bitmap = MOCK_PAGE_SIZE | (MOCK_HUGE_PAGE_SIZE if huge else 0)

@@ -34,6 +34,9 @@ class MockBlockingDomain(MockDomain):
 class MockPagingDomain(MockDomain):
     """`struct mock_iommu_domain`."""
 
+    #: Whether the table refuses a mapping for neither reading nor writing.
+    needs_access = True
+
     def __init__(self, owner: IommuDriver, huge: bool, dirty: bool) -> None:
         if injecting:
             kmalloc("struct mock_iommu_domain")
@@ -61,7 +64,7 @@ class MockPagingDomain(MockDomain):
         self.table.install(iova, length, iter([Leaves(iova, pa, 12, length >> 12)]))
 
     def _check(self, iova: int, length: int, prot: int) -> None:
-        if not prot & (IOMMU_READ | IOMMU_WRITE):
+        if self.needs_access and not prot & (IOMMU_READ | IOMMU_WRITE):
             raise KernelError(errno.EINVAL, "a mapping is readable or writable")
         if iova < self.aperture_start or iova + length - 1 > self.aperture_end:
             raise KernelError(errno.ERANGE, f"{iova:#x} + {length:#x} is outside the aperture")
