@@ -1,8 +1,8 @@
 """The ABI of iommufd's mock driver (CONFIG_IOMMUFD_TEST) at Linux 7.3.
 
 Mirrors drivers/iommu/iommufd/iommufd_test.h, which is no uapi header and may change in any release. Left out: nothing.
-Only the 7.3 header was sampled. UNVERIFIED: `since` is here the release that brought the feature which the command
-tests.
+The headers of 6.12.95, 6.12.117, 7.2.13 and 7.3.4 were looked at. UNVERIFIED: where they leave it open, `since` is the
+release that brought the feature which the command tests.
 """
 
 from ioctl_opt import IO
@@ -47,8 +47,9 @@ with CONSTANTS.enum(since="6.19"):
 with CONSTANTS.enum(since="6.2"):
     MOCK_APERTURE_START = 1 << 24
     MOCK_APERTURE_LAST = (1 << 31) - 1
-    MOCK_PAGE_SIZE = 2048
-    MOCK_HUGE_PAGE_SIZE = const(512 * MOCK_PAGE_SIZE, since="6.7")
+    #: Before 6.19 the driver kept the two to itself.
+    MOCK_PAGE_SIZE = const(2048, since="6.19")
+    MOCK_HUGE_PAGE_SIZE = const(512 * MOCK_PAGE_SIZE, since="6.19")
 
 with CONSTANTS.enum(since="6.2"):
     MOCK_FLAGS_ACCESS_WRITE = 1 << 0

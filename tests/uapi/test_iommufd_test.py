@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from uapi import iommufd, iommufd_test, registry
-from uapi.layout import exists, layout_at
+from uapi.layout import exists, layout_at, sizes_at, value_at
 
 FACTS = Path(__file__).parents[3] / "shared" / "uapi-facts"
 
@@ -42,6 +42,26 @@ def check_members(members, wanted) -> None:
     assert [(m.name, m.offset, m.size) for m in members] == [(w["name"], w["abs_offset"], w["size"]) for w in wanted]
     for member, row in zip(members, wanted, strict=True):
         check_members(member.members, row.get("fields", []))
+
+
+def test_mock_driver_abi_of_6_12_is_that_of_its_header() -> None:
+    """Read in the source of 6.12.95 and 6.12.117; the sizes are the compiler's."""
+    values = {name: value_at(one, "6.12") for name, one in registry.constants(registry.TEST_HEADER).items()}
+    there = {name: value for name, value in values.items() if value is not None}
+    operations = [name for name in there if name.startswith("IOMMU_TEST_OP_")]
+    assert [there[name] for name in operations] == list(range(1, 16))
+    assert operations[-1] == "IOMMU_TEST_OP_TRIGGER_IOPF"
+    flags = {name: value for name, value in there.items() if name.startswith("MOCK_FLAGS_DEVICE")}
+    assert flags == {"MOCK_FLAGS_DEVICE_NO_DIRTY": 1, "MOCK_FLAGS_DEVICE_HUGE_IOVA": 2}
+    assert len(there) == 33
+    structs = {name: one for name, one in registry.structs(registry.TEST_HEADER).items() if exists(one, "6.12")}
+    assert {name: layout_at(one, "6.12").size for name, one in structs.items()} == {
+        "iommu_test_cmd": 72,
+        "iommu_test_hw_info": 8,
+        "iommu_hwpt_selftest": 4,
+        "iommu_hwpt_invalidate_selftest": 8,
+    }
+    assert sizes_at(iommufd_test.IOMMU_TEST_CMD, "6.12") == (68, 72)
 
 
 def test_minimum_sizes_equal_the_kernel_sources() -> None:
