@@ -58,7 +58,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--dmabuf", action="store_true", help="with dma-bufs: for kernels whose DMABUF_GET returns the descriptor"
     )
-    parser.add_argument("--record", type=Path, metavar="FILE", help="keep programs and answers (.json.gz)")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="keep programs and answers (.json.gz, or a directory)"
+    )
     parser.add_argument("--kernel", metavar="VERSION", help="the cached image that --against vm boots")
     parser.add_argument("--kernel-image", type=Path, metavar="PATH", help="the image that --against vm boots")
     parser.add_argument("--model", metavar="VERSION", help="the model's release (default: the real kernel's)")
@@ -303,8 +305,8 @@ def _live(console: Console, args: argparse.Namespace, target: Target) -> int:
             _show_program(console, hunt, args.program)
         _report(console, hunt, found, args.show, args)
         if args.record is not None:
-            Vectors(target.release, seed, hunt.kept).save(args.record)
-            console.print(f"written: {args.record}", markup=False, highlight=False)
+            written = Vectors(target.release, seed, hunt.kept).save(args.record)
+            console.print("written: " + ", ".join(map(str, written)), markup=False, highlight=False)
     target.stop()
     if hunt.excused:
         console.print(

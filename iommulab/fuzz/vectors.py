@@ -20,6 +20,8 @@ from iommulab.fuzz.executor import Answer
 from iommulab.fuzz.program import Program, compile_program
 
 FORMAT = 1
+#: Programs of one file in a directory of them.
+PER_FILE = 50
 
 
 @dataclass(slots=True)
@@ -30,8 +32,18 @@ class Vectors:
     seed: int
     items: list[tuple[int, Program, Answer]] = field(default_factory=list)
 
-    def save(self, path: Path) -> None:
-        """Write the file; the same content gives the same bytes."""
+    def save(self, path: Path) -> list[Path]:
+        """Write the file, or into a directory files of `PER_FILE` programs; what was written.
+
+        The same content gives the same bytes.
+        """
+        if path.is_dir():
+            written = []
+            for start in range(0, len(self.items), PER_FILE):
+                name = f"{self.release.partition('-')[0]}-{start // PER_FILE:02}.json.gz"
+                part = Vectors(self.release, self.seed, self.items[start : start + PER_FILE])
+                written += part.save(path / name)
+            return written
         items = [[number, program.to_json(), *_pack(program, answer)] for number, program, answer in self.items]
         data = {"format": FORMAT, "release": self.release, "seed": self.seed, "programs": items}
         text = json.dumps(data, separators=(",", ":")).encode()
@@ -40,6 +52,7 @@ class Vectors:
                 file.write(text)
         except OSError as error:
             raise UserError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
+        return [path]
 
 
 def load(path: Path) -> Vectors:

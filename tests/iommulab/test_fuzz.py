@@ -26,13 +26,10 @@ from iommulab.fuzz.program import LAYOUTS, Call, Program, compile_program, witho
 from iommulab.fuzz.render import as_python
 from iommulab.fuzz.shrink import shrink
 from iommulab.fuzz.target import Died, Frame, Target
-from iommulab.fuzz.vectors import Vectors, chunks, load
+from iommulab.fuzz.vectors import PER_FILE, Vectors, chunks, load
 from iommulab.kernel_images import find_image
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-#: Recorded programs in one test, so that parallel test processes share them.
-CHUNK = 25
-
 #: An executor as on a real kernel, but on the model; a program whose first call has this name kills it.
 EXECUTOR = """
 import os, sys
@@ -313,17 +310,25 @@ def test_shrinking_stops_at_its_budget() -> None:
 # -- recorded answers ----------------------------------------------------------------------------------------------
 
 
-def _slices() -> list[tuple[str, int]]:
-    return [(path.name, start) for path in chunks(RECORDED) for start in range(0, len(load(path).items), CHUNK)]
-
-
-@pytest.mark.parametrize(("name", "start"), _slices())
-def test_the_model_answers_as_the_recorded_kernel(name: str, start: int) -> None:
+@pytest.mark.parametrize("name", [path.name for path in chunks(RECORDED)])
+def test_the_model_answers_as_the_recorded_kernel(name: str) -> None:
     vectors = load(RECORDED / name)
     with ModelSide(model_release(vectors.release)) as side:
-        for number, program, recorded in vectors.items[start : start + CHUNK]:
+        for number, program, recorded in vectors.items:
             told = check(side, program, recorded)
             assert not told, f"program {number} of seed {vectors.seed}: {told[0]}\n{as_python(program)}"
+
+
+def test_a_thousand_programs_are_recorded() -> None:
+    assert len(list(chunks(RECORDED))) * PER_FILE >= 1000
+
+
+def test_a_directory_gets_files_of_fifty(model: ModelSide, tmp_path: Path) -> None:
+    program = Program([Call("IOMMU_IOAS_ALLOC")])
+    items = [(number, program, answer(model, program)) for number in range(PER_FILE + 1)]
+    written = Vectors("7.3.4-test", 6, items).save(tmp_path)
+    assert [path.name for path in written] == ["7.3.4-00.json.gz", "7.3.4-01.json.gz"]
+    assert [item for path in chunks(tmp_path) for item in load(path).items] == items
 
 
 def test_vectors_come_back_as_they_were(model: ModelSide, tmp_path: Path) -> None:
