@@ -70,6 +70,8 @@ LEFT = {
     ),
 }
 
+_ANY_LEFT = tuple(site for sites in LEFT.values() for site in sites)
+
 #: How many calls of one kind are swept in one test, and from where on failures are skipped between.
 _CALLS, _DENSE = 12, 40
 #: Where the calls that map have the IOAS, the length and the IOVA.
@@ -98,8 +100,11 @@ class ModelInjector:
 
     def __call__(self, nth: int, name: str, call: Callable[[], Any]) -> tuple[Any, OSError | None, str | None]:
         # A bare address may lead to memory that only the answer cannot be written to.
-        more = {} if name in KEEPS or name.endswith(" at") else {"kinds": self._backend.faults.attributes}
-        with self._backend.fail_nth(nth, spare=(*TURNED, *LEFT.get(name, ())), **more) as injection:
+        at = name.endswith(" at")
+        more = {} if name in KEEPS or at else {"kinds": self._backend.faults.attributes}
+        with self._backend.fail_nth(
+            nth, spare=(*TURNED, *LEFT.get(name, _ANY_LEFT if at else ())), **more
+        ) as injection:
             result, error = _try(call)
         return result, error, injection.site if injection.injected else None
 
