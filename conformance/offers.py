@@ -160,6 +160,7 @@ def _memfd(backend: Backend) -> str | None:
 #: What a probe says where a released kernel has a fault that the model has on request only: no difference between them.
 KNOWN_FAULTS = {"dmabuf_fd": "DMABUF_GET returns 0 instead of the descriptor, as in 7.3"}
 
+
 def _fail_nth(backend: Backend) -> str | None:
     try:
         backend.open("/proc/thread-self/fail-nth").close()
