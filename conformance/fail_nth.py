@@ -186,13 +186,16 @@ class FailNth:
         if not self._model and name in KEEPS and name not in _PLACES:
             return file.ioctl(request, arg)
         block = None if isinstance(arg, int) else memoryview(arg).cast("B")
+        of_pasid = block is not None and bytes(block[4:5]) == b"\1"
         if name.startswith(_ATTACH):
-            if block is not None and bytes(block[4:5]) == b"\1":
+            if of_pasid:
                 name = f"{_ATTACH} of a PASID"
             elif file.fileno() in self._attached:
                 name = f"{_ATTACH} again"
         result: int = self.sweep(name, lambda: file.ioctl(request, arg), block, file)
-        if name.startswith(_ATTACH):
+        if of_pasid:
+            pass
+        elif name.startswith(_ATTACH):
             self._attached.add(file.fileno())
         elif name in ("VFIO_DEVICE_DETACH_IOMMUFD_PT", "VFIO_DEVICE_BIND_IOMMUFD"):
             self._attached.discard(file.fileno())
