@@ -37,12 +37,16 @@ def spoil(call: Call, world: World) -> bool:
     rng = world.rng
     layout = LAYOUTS[call.name]
     kind = rng.random()
+    if kind < 0.004 and call.name.startswith("IOMMU_TEST"):
+        call.fields["op"] = rng.choice((0, 24, 0xFFFFFFFF))
+        return True
     if kind < 0.08 and "size" in layout.fields and call.name[:5] != "VFIO_":
         return _size(call, world)
     if kind < 0.11:
         call.arg = rng.choice(("&hole+0", "&none+8", "&buf+0x1fffe", "&ro+0", 0, 1 << 47, U64_MAX - 3))
         return True
-    names = [name for name in layout.fields if name not in ("size", "argsz", "op", "last") and name[:4] != "out_"]
+    keep = {"size", "argsz", "last", "result_fd"} | ({"op"} if call.name.startswith("IOMMU_TEST") else set())
+    names = [name for name in layout.fields if name not in keep and name[:4] != "out_"]
     if call.name in KEEP_ID and "id" in names:
         names.remove("id")
     if not names:
@@ -58,7 +62,9 @@ def spoil(call: Call, world: World) -> bool:
         new = rng.choice(EDGES)
         if isinstance(old, int) and rng.random() < 0.5:
             new = max(old + rng.choice((1, -1, 2048, -2048, 512, PAGE, -PAGE)), 0)
-    elif "flags" in name or name == "op":
+    elif name == "op":
+        new = rng.choice((1, 2, 3, 4, 0xFFFF))
+    elif "flags" in name:
         new = (old if isinstance(old, int) else 0) ^ rng.choice(FLAGS)
     elif "reserved" in name:
         new = rng.choice((1, 1 << 7))

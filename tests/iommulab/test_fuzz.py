@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import gzip
 import itertools
@@ -14,13 +15,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from iommulab.cli import main
 from iommulab.errors import UserError
-from iommulab.fuzz.cli import RECORDED, check, model_release, signature
+from iommulab.fuzz.cli import RECORDED, model_release
 from iommulab.fuzz.compare import Difference, differences
 from iommulab.fuzz.executor import Answer, digest
 from iommulab.fuzz.generator import ACTIONS, generate
+from iommulab.fuzz.hunt import Hunt, Meter, check, signature
 from iommulab.fuzz.model import Broken, ModelSide
 from iommulab.fuzz.program import LAYOUTS, Call, Program, compile_program, without
 from iommulab.fuzz.render import as_python
@@ -34,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 EXECUTOR = """
 import os, sys
 from iommulab.fuzz.executor import Executor, serve
+from iommulab.fuzz.hunt import Hunt, Meter, check, signature
 from iommulab.fuzz.model import ModelDoor
 from kernel_model.kernel import Kernel
 run = Executor.run
@@ -279,6 +283,41 @@ def test_ten_thousand_programs_on_a_real_kernel(capsys: pytest.CaptureFixture[st
         pytest.skip(str(error))
     status = main(["fuzz", "--against", "vm", "--programs", "10000"])
     assert status == 0, capsys.readouterr().out
+
+
+def hunt(target: Target, model: ModelSide, seed: int = 3) -> Hunt:
+    arguments = argparse.Namespace(calls=30, dmabuf=False, time=1e6, record=None)
+    return Hunt(Console(), arguments, target, model, seed)
+
+
+def test_a_run_of_two_equal_kernels_finds_nothing(model: ModelSide, target: Target) -> None:
+    with Meter(Console(), 25, "fuzz") as meter:
+        found = hunt(target, model).run(range(25), meter)
+    assert (found.done, found.same, found.findings) == (25, 25, [])
+    assert sum(found.calls.values()) > 25 * 30
+
+
+def test_a_run_of_two_kernels_finds_what_differs_and_shrinks_it(
+    model: ModelSide, target: Target, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kernel_model.iommufd.main.IOMMU_OPTION_RLIMIT_MODE", 77)
+    mine = hunt(target, model)
+    with Meter(Console(), 40, "fuzz") as meter:
+        found = mine.run(range(40), meter)
+    assert found.findings
+    small = shrink(found.findings[0].program, lambda program: bool(mine.ask(program)))
+    assert [call.name for call in small.calls] == ["IOMMU_OPTION"]
+
+
+def test_a_kernel_without_the_mock_driver_is_named(
+    model: ModelSide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    blind = EXECUTOR.replace("serve(0", "ModelDoor.ioctl = lambda *_: -25  # ENOTTY\nserve(0")
+    with Target(tmp_path, command=[sys.executable, "-c", blind]) as bare:
+        bare.start()
+        with pytest.raises(UserError, match="has no mock driver"):
+            hunt(bare, model).need_mock_driver()
 
 
 # -- shrinking -----------------------------------------------------------------------------------------------------
