@@ -77,7 +77,7 @@ def attach_drivers(kernel: Kernel) -> list[Device]:
         device.require_direct = any(region.type == IOMMU_RESV_DIRECT for region in get_resv_regions(device))
     for group in groups:
         _setup_default_domain(group)
-    # From 6.8 a driver without firmware behind it was found by asking the first such driver: the real one, where one is.
+    # From 6.8 a driver without firmware behind it was found by asking the first such driver: the real, if there is one.
     hidden = includes(kernel.release, "6.8") and not has(kernel.release, "mock-beside-a-real-iommu")
     kernel.mock_iommu = MockIommu(len(groups), kernel.release, hidden=hidden and bool(groups))
     publish(kernel.files, devices)
