@@ -185,6 +185,7 @@ def _report(console: Console, hunt: Hunt, found: Run, most: int, args: argparse.
     order = sorted(kinds.values(), key=len, reverse=True)
     for findings in order[:most]:
         finding = findings[0]
+        console.print(f"shrinking program {finding.number}", markup=False, highlight=False)
         small = shrink(finding.program, lambda program: bool(hunt.ask(program)))
         told = hunt.ask(small)
         console.rule(f"{len(findings)} programs: {finding.signature}")

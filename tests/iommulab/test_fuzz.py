@@ -33,9 +33,9 @@ from iommulab.fuzz.vectors import PER_FILE, Vectors, chunks, load
 from iommulab.kernel_images import find_image
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-#: An executor as on a real kernel, but on the model; a program whose first call has this name kills it.
+#: An executor as on a real kernel, but on the model; a program without calls kills it, one of size 0 hangs.
 EXECUTOR = """
-import os, sys
+import os, sys, time
 from iommulab.fuzz.executor import Executor, serve
 from iommulab.fuzz.hunt import Hunt, Meter, check, signature
 from iommulab.fuzz.model import ModelDoor
@@ -44,6 +44,8 @@ run = Executor.run
 def deadly(self, image, steps, main_first=False):
     if not steps:
         os._exit(3)
+    if not image[0]:
+        time.sleep(60)
     return run(self, image, steps, main_first)
 Executor.run = deadly
 serve(0, 1, ModelDoor(Kernel("mock", "7.3.4")))
@@ -240,6 +242,15 @@ def test_a_death_costs_one_program(model: ModelSide, target: Target) -> None:
     found = list(target.ask(frame(number, program) for number, program in enumerate(programs)))
     assert [number for number, (_, told) in enumerate(found) if isinstance(told, Died)] == [1]
     assert [sent.number for sent, _ in found] == list(range(62))
+    assert tuple(found[-1][1]) == answer(model, programs[-1])
+
+
+def test_silence_costs_one_program(model: ModelSide, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iommulab.fuzz.target.SILENCE", 5.0)
+    silent = Program([Call("IOMMU_IOAS_ALLOC", {"size": 0})])
+    programs = [generate(4, 1), silent, *[generate(4, number) for number in range(20)]]
+    found = list(target.ask(frame(number, program) for number, program in enumerate(programs)))
+    assert [told.why for _, told in found if isinstance(told, Died)] == ["no answer within 5 s"]
     assert tuple(found[-1][1]) == answer(model, programs[-1])
 
 
