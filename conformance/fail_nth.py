@@ -183,9 +183,9 @@ class FailNth:
 
     def ioctl(self, file: File, request: int, arg: Argument) -> int:
         name = _name(file, request, arg)
-        if not self._model and name in KEEPS and name not in _PLACES:
-            return file.ioctl(request, arg)
         block = None if isinstance(arg, int) else memoryview(arg).cast("B")
+        if not self._model and name in KEEPS and not _can_be_taken_back(name, block):
+            return file.ioctl(request, arg)
         of_pasid = block is not None and bytes(block[4:5]) == b"\1"
         if name.startswith(_ATTACH):
             if of_pasid:
@@ -239,10 +239,17 @@ class FailNth:
         return found[:8]
 
 
+def _can_be_taken_back(name: str, block: memoryview | None) -> bool:
+    """Whether it maps, and the caller says where."""
+    return (
+        name in _PLACES and block is not None and bool(int.from_bytes(block[4:8], "little") & IOMMU_IOAS_MAP_FIXED_IOVA)
+    )
+
+
 def _take_map_back(file: File, name: str, block: bytes) -> None:
-    """A map whose answer could not be copied has happened: undo it, where the caller chose its place."""
+    """A map whose answer could not be copied has happened: undo it."""
     place = _PLACES.get(name)
-    if place is None or not int.from_bytes(block[4:8], "little") & IOMMU_IOAS_MAP_FIXED_IOVA:
+    if place is None:
         return
     ioas, length, iova = (int.from_bytes(block[at:end], "little") for at, end in place)
     try:
