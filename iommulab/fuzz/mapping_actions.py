@@ -88,7 +88,7 @@ class MappingActions(Maker):
         if self.coin(0.6):
             flags |= 1
             iova = self.place(ioas)
-        fd = MEMFD if self.coin(0.95) else self.rng.choice((NULL_FD, -1 & 0xFFFFFFFF, 63))
+        fd = MEMFD if self.coin(0.95) else self.rng.choice((NULL_FD, -1 & 0xFFFFFFFF, 950))
         call = self.add(
             "IOMMU_IOAS_MAP_FILE", flags=flags, ioas_id=ioas.ref, fd=fd, start=start, length=length, iova=iova
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from iommulab.fuzz.memory import NULL_FD, PAGE
+from iommulab.fuzz.memory import MEMFD, NULL_FD, PAGE
 from iommulab.fuzz.program import LAYOUTS, Call, Value
 from iommulab.fuzz.world import World
 
@@ -62,6 +62,8 @@ def spoil(call: Call, world: World) -> bool:
         new = rng.choice(EDGES)
         if isinstance(old, int) and rng.random() < 0.5:
             new = max(old + rng.choice((1, -1, 2048, -2048, 512, PAGE, -PAGE)), 0)
+    elif name in ("fd", "dmabuf_fd"):  # numbers that are the same file, or none, in every process
+        new = rng.choice((MEMFD, NULL_FD, 950, (1 << 31) - 1, (1 << 32) - 1))
     elif name == "op":
         new = rng.choice((1, 2, 3, 4, 0xFFFF))
     elif "flags" in name:

@@ -24,6 +24,7 @@ from iommulab.fuzz.compare import Difference, differences
 from iommulab.fuzz.executor import Answer, digest
 from iommulab.fuzz.generator import ACTIONS, generate
 from iommulab.fuzz.hunt import Hunt, Meter, check, signature
+from iommulab.fuzz.memory import MEMFD, NULL_FD
 from iommulab.fuzz.model import Broken, ModelSide
 from iommulab.fuzz.program import LAYOUTS, Call, Program, compile_program, without
 from iommulab.fuzz.render import as_python
@@ -104,6 +105,17 @@ def test_what_is_left_of_a_program_still_compiles(number: int, rng: object) -> N
         call.name for index, call in enumerate(program.calls) if index not in dropped
     ]
     compile_program(rest)
+
+
+def test_no_program_names_a_descriptor_that_differs_between_processes() -> None:
+    known = {MEMFD, NULL_FD, 950, (1 << 31) - 1, (1 << 32) - 1}
+    programs = [generate(8, number, dmabuf=True) for number in range(400)]
+    programs += [program for path in chunks(RECORDED) for _, program, _ in load(path).items]
+    for program in programs:
+        for call in program.calls:
+            for name in ("fd", "dmabuf_fd"):
+                value = call.fields.get(name)
+                assert not isinstance(value, int) or value in known or call.name in ("read", "write", "close"), call
 
 
 def test_references_follow_their_calls_and_to_a_dropped_one_are_zero() -> None:
