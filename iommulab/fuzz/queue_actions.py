@@ -148,10 +148,7 @@ class QueueActions(DeviceActions):
             self.map(viommu.parent.ioas)
             area = self.world.pick(viommu.parent.ioas.areas)
         iova: Value = self.inside(area, 0) if area is not None else APERTURE
-        # One page: whether two pages are neighbours in memory is chance on a real kernel.
         length = self.rng.choice((1, 64, 2048, PAGE)) if self.coin(0.97) else 0
-        if isinstance(iova, int) and iova % PAGE + length > PAGE:
-            length = PAGE - iova % PAGE
         call = self.add(
             "IOMMU_HW_QUEUE_ALLOC",
             viommu_id=viommu.ref,

@@ -113,6 +113,14 @@ def _allowed(call: Call) -> bool:
         fields["user_va"] = 0  # off a page it is a WARN in iopt_insert_area()
     if call.name == "IOMMU_HWPT_INVALIDATE" and isinstance(number, int) and number > 4097:
         fields["entry_num"] = (1 << 19) + 1
-    if call.name == "IOMMU_HW_QUEUE_ALLOC" and isinstance(length, int) and PAGE < length < 1 << 40:
-        fields["length"] = PAGE
+    if call.name == "IOMMU_HW_QUEUE_ALLOC":
+        within_a_page(call)
     return True
+
+
+def within_a_page(call: Call) -> None:
+    """Cut a hardware queue to one page: whether its pages are neighbours in memory is chance on a real kernel."""
+    iova, length = call.fields.get("nesting_parent_iova", 0), call.fields.get("length", 0)
+    room = PAGE - iova % PAGE if isinstance(iova, int) else 1
+    if isinstance(length, int) and room < length < 1 << 40:
+        call.fields["length"] = room
