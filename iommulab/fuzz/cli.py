@@ -16,7 +16,7 @@ from rich.console import Console
 from iommulab.errors import UserError
 from iommulab.fuzz.compare import outcome
 from iommulab.fuzz.generator import generate
-from iommulab.fuzz.hunt import Finding, Hunt, Meter, Run, check
+from iommulab.fuzz.hunt import Finding, Hunt, HuntProgress, Run, check
 from iommulab.fuzz.model import Broken, ModelSide
 from iommulab.fuzz.program import compile_program
 from iommulab.fuzz.render import as_python
@@ -140,7 +140,7 @@ def _live(console: Console, args: argparse.Namespace, target: Target) -> int:
     with model:
         hunt = Hunt(console, args, target, model, seed)
         hunt.need_mock_driver()
-        with Meter(console, len(numbers), "fuzz") as meter:
+        with HuntProgress(console, "fuzz", len(numbers)) as meter:
             found = hunt.run(numbers, meter)
         if args.program is not None:
             _show_program(console, hunt, args.program)

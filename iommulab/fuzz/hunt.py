@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from iommulab.errors import UserError
 from iommulab.fuzz.compare import Difference, differences
@@ -20,9 +19,7 @@ from iommulab.fuzz.generator import generate
 from iommulab.fuzz.model import Broken, ModelSide
 from iommulab.fuzz.program import Call, Compiled, Program, compile_program
 from iommulab.fuzz.target import Died, Frame, Target
-
-#: Seconds between two plain lines where there is no terminal.
-PLAIN_EVERY = 10.0
+from iommulab.progress import Meter
 
 
 @dataclass(slots=True)
@@ -46,50 +43,12 @@ class Run:
     calls: Counter[tuple[str, bool]] = field(default_factory=Counter)
 
 
-class Meter:
-    """How far a run is: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, console: Console, total: int, title: str) -> None:
-        self._console = console
-        self._total = total
-        self._title = title
-        self._began = self._said = time.monotonic()
-        self._live = (
-            Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[what]}"),
-                console=console,
-                transient=True,
-            )
-            if console.is_terminal
-            else None
-        )
-        self._task = self._live.add_task(title, total=total, what="starting") if self._live is not None else None
-
-    def __enter__(self) -> Meter:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
+class HuntProgress(Meter):
+    """How far a run of programs is."""
 
     def update(self, run: Run) -> None:
-        """Show where the run is."""
-        different = len(run.findings)
-        if self._live is not None and self._task is not None:
-            self._live.update(self._task, completed=run.done, what=f"{different} differ" if different else "")
-        elif time.monotonic() - self._said >= PLAIN_EVERY:
-            self._said = time.monotonic()
-            self._console.print(
-                f"{self._title}: {run.done} of {self._total}, {different} differ, {self._said - self._began:.0f} s",
-                markup=False,
-                highlight=False,
-            )
+        different = f"{len(run.findings)} differ"
+        self.reached(run.done, different if run.findings else "", different)
 
 
 class Hunt:
@@ -130,7 +89,7 @@ class Hunt:
         expected = b"" if isinstance(answer, Broken) or self.recording else digest(answer)
         return Frame(number, expected, compiled.image, compiled.steps, program.main_first)
 
-    def run(self, numbers: range, meter: Meter) -> Run:
+    def run(self, numbers: range, meter: HuntProgress) -> Run:
         """All these programs."""
         found = Run()
         for frame, answer in self.target.ask(self.frames(iter(numbers))):

@@ -23,7 +23,7 @@ from iommulab.fuzz.cli import RECORDED, model_release
 from iommulab.fuzz.compare import Difference, differences
 from iommulab.fuzz.executor import Answer, digest
 from iommulab.fuzz.generator import ACTIONS, generate
-from iommulab.fuzz.hunt import Hunt, Meter, check, signature
+from iommulab.fuzz.hunt import Hunt, HuntProgress, check, signature
 from iommulab.fuzz.memory import MEMFD, NULL_FD
 from iommulab.fuzz.model import Broken, ModelSide
 from iommulab.fuzz.program import LAYOUTS, Call, Program, compile_program, without
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 EXECUTOR = """
 import os, sys, time
 from iommulab.fuzz.executor import Executor, serve
-from iommulab.fuzz.hunt import Hunt, Meter, check, signature
+from iommulab.fuzz.hunt import Hunt, HuntProgress, check, signature
 from iommulab.fuzz.model import ModelDoor
 from kernel_model.kernel import Kernel
 run = Executor.run
@@ -314,7 +314,7 @@ def hunt(target: Target, model: ModelSide, seed: int = 3) -> Hunt:
 
 
 def test_a_run_of_two_equal_kernels_finds_nothing(model: ModelSide, target: Target) -> None:
-    with Meter(Console(), 25, "fuzz") as meter:
+    with HuntProgress(Console(), "fuzz", 25) as meter:
         found = hunt(target, model).run(range(25), meter)
     assert (found.done, found.same, found.findings) == (25, 25, [])
     assert sum(found.calls.values()) > 25 * 30
@@ -325,7 +325,7 @@ def test_a_run_of_two_kernels_finds_what_differs_and_shrinks_it(
 ) -> None:
     monkeypatch.setattr("kernel_model.iommufd.main.IOMMU_OPTION_RLIMIT_MODE", 77)
     mine = hunt(target, model)
-    with Meter(Console(), 40, "fuzz") as meter:
+    with HuntProgress(Console(), "fuzz", 40) as meter:
         found = mine.run(range(40), meter)
     assert found.findings
     small = shrink(found.findings[0].program, lambda program: bool(mine.ask(program)))
