@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from conformance.offers import KNOWN_FAULTS, number, older
+from conformance.offers import NOT_COMPARED, number, older
 from iommulab import differences
 from iommulab.errors import UserError
 from iommulab.results import Results, Test, area_of, load
@@ -92,7 +92,7 @@ def _one_sided(left: Test, right: Test, releases: tuple[str, str]) -> bool:
         rows = [(name, BY_ID[row]) for name in ("has", "lacks") for row in markers.get(name, []) if row in BY_ID]
         if any(row.holds(number(release)) != (name == "has") for name, row in rows):
             return True
-        if any(test.reason == KNOWN_FAULTS.get(need) for need in markers.get("needs", [])):
+        if any(test.reason == NOT_COMPARED.get(need) for need in markers.get("needs", [])):
             return True
     return False
 
