@@ -30,7 +30,16 @@ from fakedev.dma import (
 )
 from fakedev.memory import ADDRESS_BITS, BusAbort, PhysicalMemory
 from fakedev.pgtable.vtd_ss import VtdSecondStage
-from fakedev.pgtable.walker import FETCH_FAILED, NOT_PRESENT, RESERVED_BITS, Walk, explain, load_word, walk
+from fakedev.pgtable.walker import (
+    FETCH_FAILED,
+    NOT_PRESENT,
+    RESERVED_BITS,
+    Walk,
+    explain,
+    load_word,
+    loader,
+    walk,
+)
 from fakedev.reg import Register, RegisterFile
 from fakedev.tlb import Tlb
 from fakedev.vtd import descriptors as qi
@@ -76,6 +85,7 @@ class VtdUnit:
         tlb: Tlb | None = None,
     ) -> None:
         self.memory = memory
+        self._load = loader(memory)
         self.caps = caps = regs.Capabilities(cap, ecap)
         self.format = VtdSecondStage(ADDRESS_BITS, caps.sllps, caps.snoop_control, caps.device_tlb)
         self.tlb = Tlb() if tlb is None else tlb
@@ -381,7 +391,7 @@ class VtdUnit:
     def _fill(self, context: _Context, request: DmaRequest) -> Run:
         """Walk the tables for an address that is not cached; cache and return what is there."""
         address = request.address
-        end = walk(self.format, self.memory, context.root, context.top_level, address)
+        end = walk(self.format, self._load, context.root, context.top_level, address)
         if end.outcome == NOT_PRESENT:
             page = address & -4096
             run = (page, page + 4096, 0, 0)
@@ -393,13 +403,12 @@ class VtdUnit:
         if end.outcome == FETCH_FAILED:
             top = end.level == context.top_level
             self._fault(request, faults.CONTEXT_INVALID if top else faults.PAGE_TABLE_ERROR, context)
-        lg2 = self.format.item_lg2(end.level)
+        lg2 = end.lg2
         size = 1 << lg2
         start = address & -size
-        pa = end.item & self.format.address_mask & -size
         stop = start + (self._contiguous(end, address, request.length) << 12 if end.level == 0 else size)
-        run = (start, stop, pa - start, end.permissions)
-        if MSI_START <= pa + address - start < MSI_END:
+        run = (start, stop, end.output - address, end.rights & (READ | WRITE))
+        if MSI_START <= end.output < MSI_END:
             self._fault(request, faults.INTERRUPT_RANGE, context)
         return self.tlb.insert(context.did, run, lg2)
 
@@ -451,4 +460,4 @@ class VtdUnit:
         if run is not None:
             allowed = "".join(name for bit, name in ((READ, "R"), (WRITE, "W")) if run[3] & bit) or "nothing"
             lines.append(f"IOTLB: iova {run[0]:#x}-{run[1] - 1:#x} at {run[0] + run[2]:#x}, allows {allowed}")
-        return lines + explain(self.format, self.memory, context.root, context.top_level, address)
+        return lines + explain(self.format, self._load, context.root, context.top_level, address)
