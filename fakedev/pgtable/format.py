@@ -63,9 +63,10 @@ class PageTableFormat(ABC):
     #: reserved bit set, wants no update and holds its address under `address_mask`. The walker passes quickly over it.
     plain_mask = 0
     plain_value = 1
-    #: The same for an item of level 0: a leaf of the smallest page, its address under `address_mask`.
+    #: The same for an item of level 0: a leaf of the smallest page that gives `plain_leaf_rights`.
     plain_leaf_mask = 0
     plain_leaf_value = 1
+    plain_leaf_rights = ALL_RIGHTS
     #: The rights that the format tells apart.
     letters = "RWX"
     #: `reserved()` tells of output addresses that are too wide (Arm), not of reserved bits.
@@ -101,8 +102,8 @@ class PageTableFormat(ABC):
         """The table that a table pointer of `level` names."""
         return item & self.address_mask
 
-    def next_level(self, item: int, level: int) -> int:
-        """The level of the table that a table pointer of `level` names (AMD's may skip some)."""
+    def next_level(self, item: int, level: int, address: int) -> int:
+        """The level of the table that a table pointer of `level` names. AMD's may skip some; -1: not for `address`."""
         return level - 1
 
     def leaf_lg2(self, item: int, level: int) -> int:
@@ -149,3 +150,11 @@ class PageTableFormat(ABC):
     @abstractmethod
     def leaf_bits(self, prot: int, level: int) -> int:
         """The attribute bits of a leaf for the IOMMU_READ, IOMMU_WRITE and their kin in `prot`."""
+
+    def leaf_sizes(self, level: int) -> int:
+        """The sizes of pages that software makes of items of `level`, as a bitmap."""
+        return 1 << self.item_lg2(level) if level <= self.max_leaf_level else 0
+
+    def leaf_address(self, pa: int, lg2: int, level: int) -> int:
+        """What stands in a leaf for the page of 1 << `lg2` bytes at `pa`: address and size. It stands in every item."""
+        return pa

@@ -44,12 +44,12 @@ class VtdSecondStage(PageTableFormat):
         for level in (1, 2):
             low = (1 << self.item_lg2(level)) - (1 << self.granule_lg2)
             self._reserved.append(leaf | low if sllps >> level - 1 & 1 else SS_PS)
-        self._reserved_in_tables = beyond
+        self._reserved_in_tables = beyond | SS_SNP
         self.max_leaf_level = {0: 0, 1: 1}.get(sllps, 2)
         self.output_bits = host_address_bits
         self._accessed = SS_A if dirty_tracking else 0
         self._dirty = SS_D if dirty_tracking else 0
-        self.plain_mask = _PRESENT | SS_PS | beyond | self._accessed
+        self.plain_mask = _PRESENT | SS_PS | self._reserved_in_tables | self._accessed
         self.plain_value = _PRESENT | self._accessed
         self.plain_leaf_mask = _PRESENT | self._reserved[0] | self._accessed | self._dirty
         self.plain_leaf_value = _PRESENT | self._accessed | self._dirty

@@ -125,7 +125,7 @@ def walk(
                 continue
         elif item & fmt.plain_leaf_mask == fmt.plain_leaf_value and rights == ALL_RIGHTS:
             output = item & address_mask | address & (1 << shift) - 1
-            return Walk(MAPPED, 0, item_pa, item, ALL_RIGHTS, shift, output, ALL_RIGHTS)
+            return Walk(MAPPED, 0, item_pa, item, fmt.plain_leaf_rights, shift, output, fmt.plain_leaf_rights)
         kind = fmt.kind(item, level)
         if kind != TABLE and kind != LEAF:
             return Walk(NOT_PRESENT, level, item_pa, item)
@@ -140,8 +140,11 @@ def walk(
             if item < 0:
                 return walk(fmt, load, root, top_level, address, needed, update)
         rights &= fmt.rights(item, level)
+        following = fmt.next_level(item, level, address)
+        if following < 0:
+            return Walk(NOT_PRESENT, level, item_pa, item)
         table = fmt.table_address(item, level)
-        level = fmt.next_level(item, level)
+        level = following
         shift = fmt.granule_lg2 + bits * level
     allowed = fmt.settle(rights & fmt.rights(item, level))
     cacheable = allowed
@@ -198,5 +201,8 @@ def explain(fmt: PageTableFormat, load: Load, root: int, top_level: int, address
             lines.append(f"  {what}: {reserved:#x}")
         if kind != TABLE or reserved:
             break
-        table, level = fmt.table_address(item, level), fmt.next_level(item, level)
+        table, level = fmt.table_address(item, level), fmt.next_level(item, level, address)
+        if level < 0:
+            lines.append("  the address has bits set that this pointer skips")
+            break
     return lines
