@@ -12,14 +12,14 @@ ENTRY_FPD = 1 << 1
 ADDRESS_MASK = 0x000F_FFFF_FFFF_F000
 _ALL = (1 << 64) - 1
 
-# -- root entries (9.1, 9.2) ---------------------------------------------------------------------------------------------
+# -- root entries (9.1, 9.2) ------------------------------------------------------------------------------------------
 
 #: Of a legacy root entry's lower word, and of each half of a scalable one.
 ROOT_RESERVED_LOW = 0xFFE
 #: Everything in the upper word of a legacy root entry is reserved.
 ROOT_RESERVED_HIGH = _ALL
 
-# -- context entries of legacy mode (9.3) --------------------------------------------------------------------------------
+# -- context entries of legacy mode (9.3) -----------------------------------------------------------------------------
 
 CONTEXT_FPD = ENTRY_FPD
 TT_SHIFT, TT_MASK = 2, 3
@@ -31,7 +31,7 @@ AW_MASK = 7
 DID_SHIFT, DID_MASK = 8, 0xFFFF
 CONTEXT_RESERVED_HIGH = _ALL & ~(0x7F | DID_MASK << DID_SHIFT)
 
-# -- context entries of scalable mode (9.4): bits of word 0, then of word 1 ----------------------------------------------
+# -- context entries of scalable mode (9.4): bits of word 0, then of word 1 -------------------------------------------
 
 SM_DTE, SM_PASIDE, SM_PRE, SM_HPTE, SM_EPTR = (1 << bit for bit in (2, 3, 4, 5, 6))
 SM_PDTS_SHIFT, SM_PDTS_MASK = 9, 7
@@ -40,7 +40,7 @@ RID_PASID_MASK, RID_PRIV = 0xF_FFFF, 1 << 20
 SM_RESERVED_HIGH = _ALL & ~(RID_PASID_MASK | RID_PRIV)
 SM_CONTEXT_BYTES = 32
 
-# -- PASID directory (9.5) and table (9.6) -------------------------------------------------------------------------------
+# -- PASID directory (9.5) and table (9.6) ----------------------------------------------------------------------------
 
 #: A PASID: the upper bits choose the directory entry, the lower six the table entry.
 PASID_TABLE_BITS, PASID_TABLE_MASK = 6, 0x3F
