@@ -69,6 +69,9 @@ class _Context:
 class VtdUnit:
     """One unit. `cap` and `ecap` are the capability registers and decide what it can do.
 
+    `host_address_bits` is the width of the platform's physical addresses (HAW): bits from there up are reserved in
+    root, context and table entries.
+
     `read` and `write` are its 4 KiB register window. `send_interrupt` gets (address, data) of its own interrupts;
     `on_fault` gets every refused request in words.
     """
@@ -80,6 +83,7 @@ class VtdUnit:
         ecap: int,
         *,
         version: int = 0x10,
+        host_address_bits: int = ADDRESS_BITS,
         send_interrupt: InterruptSink,
         on_fault: Callable[[str], None] | None = None,
         tlb: Tlb | None = None,
@@ -87,7 +91,9 @@ class VtdUnit:
         self.memory = memory
         self._load = loader(memory)
         self.caps = caps = regs.Capabilities(cap, ecap)
-        self.format = VtdSecondStage(ADDRESS_BITS, caps.sllps, caps.snoop_control, caps.device_tlb)
+        self._host_bits = host_address_bits
+        self._beyond = -(1 << host_address_bits) & _ONES64
+        self.format = VtdSecondStage(host_address_bits, caps.sllps, caps.snoop_control, caps.device_tlb)
         self.tlb = Tlb() if tlb is None else tlb
         #: Context entries by request id.
         self.contexts: dict[int, _Context] = {}
@@ -367,7 +373,7 @@ class VtdUnit:
             return _Context(0, reason=faults.ROOT_TABLE_ERROR)
         if not low & entries.ENTRY_PRESENT:
             return _Context(0, reason=faults.ROOT_NOT_PRESENT)
-        if low & entries.ROOT_RESERVED_LOW or high & entries.ROOT_RESERVED_HIGH:
+        if low & (entries.ROOT_RESERVED_LOW | self._beyond) or high & entries.ROOT_RESERVED_HIGH:
             return _Context(0, reason=faults.ROOT_RESERVED)
         try:
             where = (low & entries.ADDRESS_MASK) + (rid & 0xFF) * 16
@@ -378,11 +384,11 @@ class VtdUnit:
         context = _Context(entries.context_did(high), low & entries.ADDRESS_MASK, aw + 1)
         context.fpd = bool(low & entries.CONTEXT_FPD)
         context.pass_through = tt == entries.TT_PASS_THROUGH
-        context.limit_bits = ADDRESS_BITS if context.pass_through else min(self.caps.mgaw, 30 + 9 * aw)
+        context.limit_bits = self._host_bits if context.pass_through else min(self.caps.mgaw, 30 + 9 * aw)
         known = tt == 0 or (tt == 1 and self.caps.device_tlb) or (tt == 2 and self.caps.pass_through)
         if not low & entries.ENTRY_PRESENT:
             context.reason = faults.CONTEXT_NOT_PRESENT
-        elif low & entries.CONTEXT_RESERVED_LOW or high & entries.CONTEXT_RESERVED_HIGH:
+        elif low & (entries.CONTEXT_RESERVED_LOW | self._beyond) or high & entries.CONTEXT_RESERVED_HIGH:
             context.reason = faults.CONTEXT_RESERVED
         elif not self.caps.sagaw >> aw & 1 or not known:
             context.reason = faults.CONTEXT_INVALID
