@@ -13,7 +13,7 @@ SS_R, SS_W = 1 << 0, 1 << 1
 SS_PS = 1 << 7
 SS_A, SS_D = 1 << 8, 1 << 9
 SS_SNP = 1 << 11
-SS_TM = 1 << 62
+SS_TM = 1 << 62  # transient mapping, a leaf's; in tables reserved (the manual's IW, without SSIRWE)
 _PRESENT = SS_R | SS_W
 #: Whatever may be read may be executed; privilege plays no part.
 _RIGHTS = (0, both(R | X), both(W), both(R | W | X))
@@ -44,7 +44,7 @@ class VtdSecondStage(PageTableFormat):
         for level in (1, 2):
             low = (1 << self.item_lg2(level)) - (1 << self.granule_lg2)
             self._reserved.append(leaf | low if sllps >> level - 1 & 1 else SS_PS)
-        self._reserved_in_tables = beyond | SS_SNP
+        self._reserved_in_tables = beyond | SS_SNP | SS_TM
         self.max_leaf_level = {0: 0, 1: 1}.get(sllps, 2)
         self.output_bits = host_address_bits
         self._accessed = SS_A if dirty_tracking else 0

@@ -521,3 +521,12 @@ def test_pass_through_ends_at_the_host_address_width():
     unit.translate(bench.dma, NO_PASID, (1 << 46) - 4, 4, WRITE)
     with pytest.raises(TranslationFault, match="fault 04h"):
         unit.translate(bench.dma, NO_PASID, 1 << 46, 4, WRITE)
+
+
+@pytest.mark.parametrize("bit", [11, 62])
+def test_bits_11_and_62_of_a_second_stage_table_pointer_are_reserved(bench, bit):
+    bench.map(0x1000, PAGE)
+    bench.word(TABLES[0], TABLES[1] | 3 | 1 << bit)
+    with pytest.raises(DmaAbort):
+        bench.dma.write(0x1000, b"1234")
+    assert bench.reg(FRCD + 12) & 0xFF == 0xC
