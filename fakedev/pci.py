@@ -4,8 +4,11 @@ Mirrors the PCI Local Bus specification 3.0, chapter 6 (type-0 headers, BAR sizi
 implements it: which bits of the command register can be set, that bytes behind the header which no capability claims
 are plain storage, that an access beyond the end reads as ones.
 
-Left out: bridges and secondary buses, MSI-X, PCI Express extended configuration space, power management, expansion
-ROMs. A function without a reset of its own has an empty `reset_methods`, as QEMU's `edu` has.
+A function with 4096 bytes of configuration space has extended capabilities too (PCI Express 7.6); which there are is in
+fakedev/pcie.py.
+
+Left out: MSI-X, power management, expansion ROMs, changes of bus numbers and of bridges' windows. A function without a
+reset of its own has an empty `reset_methods`, as QEMU's `edu` has.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Callable, Iterable
 
 from fakedev.dma import DmaAbort, DmaPort, IommuHardware
 from fakedev.memory import BusAbort, PhysicalMemory
+from fakedev.tlp import AtsEndpoint, Invalidation, PageResponse
 
 # Offsets and bits of the header (uapi/linux/pci_regs.h).
 PCI_VENDOR_ID, PCI_DEVICE_ID, PCI_COMMAND, PCI_STATUS = 0x00, 0x02, 0x04, 0x06
@@ -34,6 +38,8 @@ _COMMAND_WRITABLE = (
 )
 _STATUS_CLEARED_BY_ONES = 0xF900
 _HEADER_SIZE = 0x40
+#: Where extended capabilities begin, and the size of a space that has them.
+PCI_EXT_CAP_START, PCI_EXT_CONFIG_SIZE = 0x100, 0x1000
 _ADDRESS = re.compile(r"([0-9a-f]{4}):([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])")
 
 MEM32, MEM64, IO = "mem32", "mem64", "io"
@@ -187,13 +193,19 @@ class PciFunction:
         self.config = bytearray(config_size)
         self.msi: MsiCapability | None = None
         self.dma: DmaPort
+        #: Who takes invalidations and page responses, if the function has address translation services.
+        self.ats: AtsEndpoint | None = None
         self.root: RootComplex | None = None
         #: What the function asserts, and what leaves it (INTx Disable stands between).
         self.intx_level = False
         self.memory_enabled = False
-        self._writable = bytearray(_HEADER_SIZE) + b"\xff" * (config_size - _HEADER_SIZE)
+        self._writable = bytearray(_HEADER_SIZE) + b"\xff" * (min(config_size, PCI_EXT_CAP_START) - _HEADER_SIZE)
+        self._writable += bytes(config_size - len(self._writable))
         self._cleared = bytearray(config_size)
         self._last_capability = PCI_CAPABILITY_LIST
+        self._last_extended = 0
+        self._watches: list[tuple[int, int, Callable[[], None]]] = []
+        self._at_reset: list[Callable[[], None]] = []
         self._windows: dict[int, int] = {}
 
         def put(offset: int, width: int, value: int, writable: int = 0, cleared: int = 0) -> None:
@@ -234,6 +246,35 @@ class PciFunction:
         self.config[PCI_STATUS] |= PCI_STATUS_CAP_LIST
         self._reset_state = bytes(self.config)
 
+    def add_extended_capability(
+        self, cap_id: int, version: int, offset: int, body: bytes, writable: bytes, cleared: bytes = b""
+    ) -> None:
+        """Put an extended capability at `offset`: `body` follows its four-byte header.
+
+        `writable` and `cleared` (by writing ones) mask the bytes of `body`. The first one is at 0x100. ValueError.
+        """
+        end = offset + 4 + len(body)
+        if len(body) != len(writable) or offset % 4 or end > self.config_size:
+            raise ValueError(f"{self.address}: no extended capability of {len(body) + 4} bytes fits at {offset:#x}")
+        if (offset == PCI_EXT_CAP_START) == bool(self._last_extended):
+            raise ValueError(f"{self.address}: the first extended capability is at 0x100, and only that")
+        self.config[offset:end] = (version << 16 | cap_id).to_bytes(4, "little") + body
+        self._writable[offset:end] = bytes(4) + writable
+        self._cleared[offset:end] = bytes(4) + cleared.ljust(len(body), b"\0")
+        if self._last_extended:
+            link = self._last_extended + 2
+            self.config[link : link + 2] = (self.config[link] & 15 | offset << 4).to_bytes(2, "little")
+        self._last_extended = offset
+        self._reset_state = bytes(self.config)
+
+    def watch_config(self, offset: int, length: int, changed: Callable[[], None]) -> None:
+        """Call `changed` after every configuration store that touches [offset, offset + length)."""
+        self._watches.append((offset, offset + length, changed))
+
+    def at_reset(self, callback: Callable[[], None]) -> None:
+        """Call `callback` whenever the function has been reset."""
+        self._at_reset.append(callback)
+
     def add_msi(self, offset: int, vectors_lg2: int = 0) -> None:
         """Give the function the MSI capability with 1 << vectors_lg2 vectors, 64-bit, without masking."""
         self.msi = MsiCapability(self, offset, vectors_lg2)
@@ -261,6 +302,9 @@ class PciFunction:
             self._command_changed()
         if offset < PCI_BASE_ADDRESS_0 + 24 and end > PCI_BASE_ADDRESS_0:
             self._place_bars()
+        for start, stop, changed in self._watches:
+            if offset < stop and end > start:
+                changed()
 
     def _command_changed(self) -> None:
         command = self.config_read(PCI_COMMAND, 2)
@@ -329,6 +373,8 @@ class PciFunction:
         self.set_intx(False)
         self.reset_device()
         self._command_changed()
+        for callback in self._at_reset:
+            callback()
 
     def reset_device(self) -> None:
         """Reset what lies behind the BARs. For subclasses."""
@@ -364,6 +410,16 @@ class RootComplex:
     def intx(self, function: PciFunction) -> None:
         if self.intx_sink is not None:
             self.intx_sink(function)
+
+    def invalidate(self, rid: int, request: Invalidation) -> bool:
+        """Carry an invalidation request to a function's device TLB; False if it is not completed."""
+        function = self.functions.get(rid)
+        return function is not None and function.ats is not None and function.ats.invalidate(request)
+
+    def respond(self, rid: int, response: PageResponse) -> bool:
+        """Carry a page request group response to a function; False if nobody takes it."""
+        function = self.functions.get(rid)
+        return function is not None and function.ats is not None and function.ats.respond(response)
 
     def map(self, base: int, size: int, window: RegisterWindow) -> bool:
         """Route [base, base + size) to a BAR; False where something else answers already, as on a real bus."""

@@ -57,8 +57,8 @@ class Invalidation(NamedTuple):
 class PageRequest(NamedTuple):
     """A page request message: please make `address` (a page's start) accessible.
 
-    `access` are READ (R), WRITE (W), and with a PASID EXECUTE and PRIVILEGED. `last` closes the group of that index. Neither
-    R nor W, with `last` and a PASID, is the stop marker.
+    `access` are READ (R), WRITE (W), and with a PASID EXECUTE and PRIVILEGED. `group` is the page request group index,
+    `last` closes the group. Neither R nor W, with `last` and a PASID, is the stop marker.
     """
 
     rid: int
@@ -79,6 +79,16 @@ class PageResponse(NamedTuple):
     pasid: int
     group: int
     code: int
+
+
+class AtsEndpoint(Protocol):
+    """A function's side of these messages."""
+
+    def invalidate(self, request: Invalidation, /) -> bool:
+        """Forget what the request names; False if it is not completed."""
+
+    def respond(self, response: PageResponse, /) -> bool:
+        """Take a page request group response; False if the function has no page request interface."""
 
 
 class Downstream(Protocol):
