@@ -530,3 +530,16 @@ def test_bits_11_and_62_of_a_second_stage_table_pointer_are_reserved(bench, bit)
     with pytest.raises(DmaAbort):
         bench.dma.write(0x1000, b"1234")
     assert bench.reg(FRCD + 12) & 0xFF == 0xC
+
+
+@pytest.mark.parametrize("device_tlb", [0, 4])
+def test_bit_62_of_a_leaf_is_reserved_with_and_without_device_tlbs(device_tlb):
+    bench = Bench(ecap=VTD_LEGACY_ECAP & ~4 | device_tlb)
+    bench.root()
+    bench.context()
+    bench.start()
+    bench.map(0x1000, PAGE | 1 << 62)
+    with pytest.raises(DmaAbort):
+        bench.dma.write(0x1000, b"1234")
+    assert bench.reg(FRCD + 12) & 0xFF == 0xC
+    bench.box.close()
