@@ -241,7 +241,10 @@ class Capabilities:
         "caching_mode",
         "cap",
         "device_tlb",
+        "device_tlb_throttle",
         "ecap",
+        "enhanced_root_pointer",
+        "execute",
         "extended_accessed",
         "fault_offset",
         "fault_records",
@@ -269,9 +272,12 @@ class Capabilities:
         "second_stage_dirty",
         "sllps",
         "snoop_control",
+        "stop_marker",
         "supervisor",
+        "translated_pasid",
         "walk_coherency",
         "write_buffer_flush",
+        "zero_length_read",
     )
 
     def __init__(self, cap: int, ecap: int) -> None:
@@ -290,6 +296,8 @@ class Capabilities:
         self.am_max = cap >> 48 & 0x3F
         self.first_stage_gigabytes = bool(cap >> 56 & 1)
         self.first_stage_5_levels = bool(cap >> 60 & 1)
+        self.enhanced_root_pointer = bool(cap >> 63 & 1)
+        self.zero_length_read = bool(cap >> 22 & 1)
         self.queued_invalidation = bool(ecap >> 1 & 1)
         self.device_tlb = bool(ecap >> 2 & 1)
         self.interrupt_remapping = bool(ecap >> 3 & 1)
@@ -298,11 +306,13 @@ class Capabilities:
         self.iotlb_offset = (ecap >> 8 & 0x3FF) * 16
         self.nested = bool(ecap >> 26 & 1)
         self.page_request = bool(ecap >> 29 & 1)
+        self.execute = bool(ecap >> 30 & 1)
         self.supervisor = bool(ecap >> 31 & 1)
         self.no_write_flag = bool(ecap >> 33 & 1)
         self.extended_accessed = bool(ecap >> 34 & 1)
         self.pasid_bits = (ecap >> 35 & 0x1F) + 1
         self.pasid = bool(ecap >> 40 & 1)
+        self.device_tlb_throttle = bool(ecap >> 41 & 1)
         self.page_request_drain = bool(ecap >> 42 & 1)
         self.scalable = bool(ecap >> 43 & 1)
         self.second_stage_dirty = bool(ecap >> 45 & 1)
@@ -312,6 +322,8 @@ class Capabilities:
         self.rid_pasid = bool(ecap >> 49 & 1)
         self.abort_mode = bool(ecap >> 52 & 1)
         self.rid_priv = bool(ecap >> 53 & 1)
+        self.translated_pasid = bool(ecap >> 56 & 1)
+        self.stop_marker = bool(ecap >> 58 & 1)
 
     @property
     def features(self) -> Features:
