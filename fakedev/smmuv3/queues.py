@@ -72,7 +72,7 @@ class OutputQueue:
     has copied it to OVACKFLG.
     """
 
-    __slots__ = ("_abort_error", "_entry_log2", "_errors", "_memory", "enabled", "indexes")
+    __slots__ = ("_entry_log2", "_errors", "_memory", "abort_error", "enabled", "indexes")
 
     def __init__(
         self, memory: PhysicalMemory, indexes: QueueIndexes, entry_log2: int, errors: GlobalErrors, abort_error: int
@@ -81,12 +81,12 @@ class OutputQueue:
         self.indexes = indexes
         self._entry_log2 = entry_log2
         self._errors = errors
-        self._abort_error = abort_error
+        self.abort_error = abort_error
         self.enabled = False
 
     def writable(self) -> bool:
         """Enabled, with space, and no abort to be acknowledged (7.2.1)."""
-        return self.enabled and not self.indexes.full() and not self._errors.active(self._abort_error)
+        return self.enabled and not self.indexes.full() and not self._errors.active(self.abort_error)
 
     def overflowed(self) -> bool:
         """Records were lost, and software has not acknowledged that."""
@@ -101,7 +101,7 @@ class OutputQueue:
         """Write a record if the queue is writable; True if it has been written."""
         indexes = self.indexes
         if not self.writable():
-            if self.enabled and indexes.full() and not self._errors.active(self._abort_error):
+            if self.enabled and indexes.full() and not self._errors.active(self.abort_error):
                 self.overflow()
             return False
         log2 = indexes.log2
@@ -110,7 +110,7 @@ class OutputQueue:
         try:
             self._memory.write(where, b"".join(word.to_bytes(8, "little") for word in words))
         except BusAbort:
-            self._errors.activate(self._abort_error)
+            self._errors.activate(self.abort_error)
             return False
         wrap = (2 << log2) - 1
         indexes.prod.value = prod & regs.Q_OVERFLOW_FLAG | prod + 1 & wrap
