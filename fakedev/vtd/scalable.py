@@ -139,7 +139,7 @@ class ScalableMode:
         self._ready: dict[int, tuple[Pasid, int]] = {}
         self._tags: dict[int, set[int]] = {}
         self._second = {
-            dirty: VtdSecondStage(host_bits, caps.sllps, caps.snoop_control, caps.device_tlb, dirty_tracking=dirty)
+            dirty: VtdSecondStage(host_bits, caps.sllps, caps.snoop_control, device_tlb=False, dirty_tracking=dirty)
             for dirty in (False, True)
         }
         self._first = {

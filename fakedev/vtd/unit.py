@@ -106,7 +106,8 @@ class VtdUnit:
         self.caps = caps = regs.Capabilities(cap, ecap)
         self.host_address_bits = host_address_bits
         self._beyond = -(1 << host_address_bits) & _ONES64
-        self.format = VtdSecondStage(host_address_bits, caps.sllps, caps.snoop_control, caps.device_tlb)
+        # Bit 62 of a leaf is no transient-mapping bit any more: reserved, with and without device TLBs (9.8).
+        self.format = VtdSecondStage(host_address_bits, caps.sllps, caps.snoop_control, device_tlb=False)
         self.tlb = Tlb() if tlb is None else tlb
         #: Context entries by request id.
         self.contexts: dict[int, _Context] = {}
