@@ -26,10 +26,10 @@ _AWAY = 1 << 28
 
 
 def nowhere(random: Random) -> int:
-    """The address of a page that nothing answers at: above RAM, or above any PCI window, within 48 bits."""
+    """The address of a page that nothing answers at: above RAM, or above any PCI window, within 39 bits."""
     if random.random() < 0.5:
         return random.randrange(RAM, 2 * RAM, 4096)
-    return random.randrange(1 << 41, 1 << 48, 4096)
+    return random.randrange(1 << 38, 1 << 39, 4096)
 
 
 def stray_bits(random: Random, low: int = 2) -> int:
