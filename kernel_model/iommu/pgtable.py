@@ -44,10 +44,12 @@ class PageTable:
     __slots__ = (
         "_granule_lg2",
         "_index_bits",
+        "_linear",
         "_load",
         "_mask",
         "_memory",
         "_one_size",
+        "_output_bits",
         "_pages",
         "_quick",
         "_recent",
@@ -79,9 +81,13 @@ class PageTable:
         self._mask = (1 << fmt.index_bits) - 1
         self._root_mask = (1 << (fmt.root_index_bits or fmt.index_bits)) - 1
         self._table_bytes = fmt.table_bytes()
-        #: Every leaf of level 0 is one item.
-        self._one_size = fmt.leaf_sizes(0) == 1 << fmt.granule_lg2
-        self._quick = self._one_size and fmt.granule_lg2 == 12
+        #: Every leaf is one item.
+        self._one_size = all(fmt.leaf_sizes(n) in (0, 1 << fmt.item_lg2(n)) for n in range(top_level + 1))
+        #: A page of 4 KiB is an item of a table that is not the root.
+        self._quick = fmt.granule_lg2 == 12 and top_level > 0
+        #: A page's address stands in its leaf as it is.
+        self._linear = type(fmt).leaf_address is PageTableFormat.leaf_address
+        self._output_bits = fmt.output_bits
         # The level-0 table that was written last, and which range it spans; never the root.
         self._recent_lg2 = fmt.item_lg2(1)
         self._recent_key = -1
@@ -113,17 +119,16 @@ class PageTable:
         end = iova + length
         if end > _U64:
             raise KernelError(errno.EOVERFLOW, f"{iova:#x}+{length:#x} wraps")
-        if end - 1 >> self.address_bits or pa >> self.format.output_bits:
+        if end - 1 >> self.address_bits or pa >> self._output_bits:
             raise KernelError(errno.ERANGE, f"iova {iova:#x}+{length:#x} or pa {pa:#x} is too wide for the table")
-        if length == 4096 and self._granule_lg2 == 12 and pgsize_bitmap & 4096:
+        if length == 4096 and self._quick and pgsize_bitmap & 4096:
             if (iova | pa) & 4095:
                 raise KernelError(errno.ENXIO, f"iova {iova:#x} or pa {pa:#x} is off 4 KiB")
             table = self._recent if self._recent_key == iova >> 21 else self._table_for(iova, 0)
-            index = (table >> 3) + self._index(iova, 0)
+            index = table + (iova >> 9 & 0xFF8) >> 3
             if self._words[index]:
                 raise KernelError(errno.EADDRINUSE, f"iova {iova:#x} is mapped")
-            fmt = self.format
-            self._words[index] = fmt.leaf_address(pa, 12, 0) | fmt.leaf_bits(prot, 0) | self.extra_leaf_bits
+            self._words[index] = pa | self.format.leaf_bits(prot, 0) | self.extra_leaf_bits
             return []
         freed: list[int] = []
         va = iova
@@ -152,17 +157,21 @@ class PageTable:
         """Store up to `count` leaves of 1 << lg2 bytes from `va` on, within one table; how many it were."""
         fmt = self.format
         table = self._table_for(va, level)
-        item_lg2 = fmt.item_lg2(level)
-        index = self._index(va, level)
+        item_lg2 = self._granule_lg2 + self._index_bits * level
+        mask = self._root_mask if level == self.top_level else self._mask
+        index = va >> item_lg2 & mask
         step_lg2 = lg2 - item_lg2
-        entries = (self._root_mask if level == self.top_level else self._mask) + 1
-        count = min(count, entries - index >> step_lg2)
+        count = min(count, mask + 1 - index >> step_lg2)
         start = table + 8 * index
         length = 8 * (count << step_lg2)
         if self._memory.mapped[start : start + length] != _ZEROES[:length]:
             for n in range(count << step_lg2):
                 self._make_empty(start + 8 * n, level, va + (n << item_lg2), freed)
         first = start >> 3
+        if self._linear and count > 1:
+            item = pa | bits
+            self._words[first : first + count] = array("Q", range(item, item + (count << lg2), 1 << lg2))
+            return count
         item = fmt.leaf_address(pa, lg2, level) | bits
         if count == 1 and not step_lg2:
             self._words[first] = item
@@ -214,8 +223,12 @@ class PageTable:
         """The table of `level` for `va`, made if need be. EADDRINUSE where a larger leaf is."""
         words, fmt = self._words, self.format
         table = self.root
+        mask, bits = self._root_mask, self._index_bits
+        shift = self._granule_lg2 + bits * self.top_level
         for above in range(self.top_level, level, -1):
-            index = (table >> 3) + self._index(va, above)
+            index = (table >> 3) + (va >> shift & mask)
+            mask = self._mask
+            shift -= bits
             item = words[index]
             if not item:
                 table = self._pages.alloc(self._table_bytes)
@@ -242,7 +255,7 @@ class PageTable:
         last = iova + length - 1
         if length <= 0 or last >> self.address_bits:
             return 0, []
-        if length == 4096 and self._quick and self._recent_key == iova >> 21 and not iova & 4095:
+        if length == 4096 and self._recent_key == iova >> 21 and self._quick and self._one_size and not iova & 4095:
             index = self._recent + (iova >> 9 & 0xFF8) >> 3
             if self._words[index]:
                 self._words[index] = 0
@@ -259,8 +272,9 @@ class PageTable:
         words = self._words
         fmt = self.format
         first = table >> 3
-        lg2 = fmt.item_lg2(level)
-        index, end = self._index(va, level), self._index(last, level) + 1
+        lg2 = self._granule_lg2 + self._index_bits * level
+        mask = self._root_mask if level == self.top_level else self._mask
+        index, end = va >> lg2 & mask, (last >> lg2 & mask) + 1
         span = 1 << lg2
         if level == 0 and self._one_size:
             if va & span - 1:
@@ -276,6 +290,14 @@ class PageTable:
             kind = fmt.kind(item, level)
             start = va & -span
             if kind == LEAF:
+                if self._one_size:
+                    if va != start:
+                        return unmapped, False
+                    words[first + index] = 0
+                    unmapped += span
+                    index += 1
+                    va += span
+                    continue
                 leaf_lg2 = fmt.leaf_lg2(item, level)
                 if va & (1 << leaf_lg2) - 1:
                     return unmapped, False
