@@ -193,6 +193,7 @@ class DmaPort:
         "msi_window",
         "on_abort",
         "on_interrupt",
+        "peer",
         "rid",
     )
 
@@ -210,6 +211,8 @@ class DmaPort:
         self.on_interrupt = on_interrupt
         #: Told, in words, of requests that no memory answers. No IOMMU sees those.
         self.on_abort: Callable[[str], None] | None = None
+        #: Behind a bridge: the run of a BAR that a switch reaches without the root complex, and so without the IOMMU.
+        self.peer: Callable[[int], Run | None] | None = None
         self.enabled = False
         self._memory = memory
         self._ram_size = memory.ram_size
@@ -329,6 +332,10 @@ class DmaPort:
         first, beyond = self.msi_window
         if not self.enabled or first <= address < beyond or address + length > 1 << 64:
             raise DmaAbort(address)
+        if self.peer is not None:
+            direct = self.peer(address)
+            if direct is not None:
+                return direct
         if self.iommu is None:
             if pasid != NO_PASID:
                 raise DmaAbort(address)  # nobody there understands the prefix

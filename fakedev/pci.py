@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
-from fakedev.dma import DmaAbort, DmaPort, IommuHardware
+from fakedev.dma import MSI_END, MSI_START, READ, WRITE, DmaAbort, DmaPort, IommuHardware, Run, TranslationFault
 from fakedev.memory import BusAbort, PhysicalMemory
 from fakedev.tlp import AtsEndpoint, Invalidation, PageResponse
 
@@ -41,6 +42,10 @@ _HEADER_SIZE = 0x40
 #: Where extended capabilities begin, and the size of a space that has them.
 PCI_EXT_CAP_START, PCI_EXT_CONFIG_SIZE = 0x100, 0x1000
 _ADDRESS = re.compile(r"([0-9a-f]{4}):([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])")
+
+# Of PCI Express and of access control services, by fakedev/pcie.py: what routing asks for.
+_TYPE_UPSTREAM, _TYPE_PCI_BRIDGE = 5, 7
+_ACS_SOURCE_VALIDATION, _ACS_REQUEST_REDIRECT = 1, 4
 
 MEM32, MEM64, IO = "mem32", "mem64", "io"
 
@@ -159,13 +164,28 @@ class MsiCapability:
                 pass  # a posted write: the function never hears of it
 
 
+class AcsRegisters(Protocol):
+    """PCI_ACS_* bits: what a function can, and what is on."""
+
+    @property
+    def supported(self) -> int: ...
+    @property
+    def control(self) -> int: ...
+
+
 class PciFunction:
-    """A type-0 function.
+    """A type-0 function (type 1: fakedev/bridge.py).
 
     `bars` lists up to six entries (None where there is no BAR; the slot after a MEM64 stays None). `addresses` are what
     the firmware assigned. `config` is the space itself: read it freely, change it through `config_write`.
     """
 
+    #: Of a bridge: the buses behind it. 0: the function is no bridge.
+    secondary = subordinate = 0
+    #: What PCI Express calls it (PCI_EXP_TYPE_*); None for a function of conventional PCI.
+    express_type: int | None = None
+    #: Its access control services, if it has any.
+    acs: AcsRegisters | None = None
     #: Names of the resets that the function has ("flr", "af_flr", "pm"); sysfs' `reset_method`.
     reset_methods: tuple[str, ...] = ()
 
@@ -338,6 +358,10 @@ class PciFunction:
         value = int.from_bytes(self.config[PCI_BASE_ADDRESS_0 + 4 * index :][:width], "little")
         return value & -bar.size
 
+    def decoded(self) -> list[tuple[int, int]]:
+        """(address, size) of the memory BARs that answer now."""
+        return [(base, bar.size) for index, base in self._windows.items() if (bar := self.bars[index]) is not None]
+
     def _place_bars(self) -> None:
         if self.root is None:
             return
@@ -383,12 +407,22 @@ class PciFunction:
         return f"<{type(self).__name__} {self.address}>"
 
 
+class _Refusal:
+    """Where requests end that a bridge does not let through."""
+
+    def translate(self, _port: DmaPort, _pasid: int, _address: int, _length: int, _access: int) -> Run:
+        raise TranslationFault
+
+
 class RootComplex:
     """Where functions meet memory, their IOMMU and the interrupt controller."""
 
-    def __init__(self, memory: PhysicalMemory) -> None:
+    def __init__(self, memory: PhysicalMemory, msi_window: tuple[int, int] = (MSI_START, MSI_END)) -> None:
         self.memory = memory
+        #: Untranslated writes here are interrupts. (0, 0) where interrupts are writes to memory as any others.
+        self.msi_window = msi_window
         self.functions: dict[int, PciFunction] = {}
+        self._behind_bridges: list[DmaPort] = []
         #: Given by the kernel: gets (address, data) of every MSI.
         self.interrupt_sink: Callable[[int, int], None] | None = None
         #: Given by the kernel: gets a function whose `intx_asserted` may have changed.
@@ -399,8 +433,73 @@ class RootComplex:
         if function.rid in self.functions:
             raise ValueError(f"two functions at {function.address}")
         self.functions[function.rid] = function
-        function.attach(self, DmaPort(function.rid, self.memory, iommu, self.interrupt))
+        port = DmaPort(self.requester_id(function), self.memory, iommu, self.interrupt, self.msi_window)
+        self._connect(function, port)
+        function.attach(self, port)
         return function
+
+    # -- the tree ----------------------------------------------------------------------------------------------------
+
+    def upstream(self, function: PciFunction) -> list[PciFunction]:
+        """The bridges between a function and the root, nearest first; none for a function on bus 0."""
+        found: list[PciFunction] = []
+        bus = function.rid >> 8
+        while bus:
+            above = next((bridge for bridge in self.functions.values() if bridge.secondary == bus), None)
+            if above is None or above in found:
+                return []
+            found.append(above)
+            bus = above.rid >> 8
+        return found
+
+    def requester_id(self, function: PciFunction) -> int:
+        """What the IOMMU sees: the function's own id, or that of the bridge that takes its requests over."""
+        rid = function.rid
+        for bridge in self.upstream(function):
+            if bridge.express_type == _TYPE_PCI_BRIDGE:
+                rid = bridge.secondary << 8
+        return rid
+
+    def port_below(self, function: PciFunction, rid: int) -> DmaPort:
+        """A second port where `function` is plugged in, for requests that say they are of `rid`.
+
+        Nobody believes them behind a port with ACS Source Validation on: every request is refused.
+        """
+        iommu = function.dma.iommu
+        for bridge in self.upstream(function):
+            inside = bridge.secondary <= rid >> 8 <= bridge.subordinate
+            if bridge.acs is not None and bridge.acs.control & _ACS_SOURCE_VALIDATION and not inside:
+                iommu = _Refusal()
+            if bridge.express_type == _TYPE_PCI_BRIDGE:
+                rid = bridge.secondary << 8
+        port = DmaPort(rid, self.memory, iommu, self.interrupt, self.msi_window)
+        self._connect(function, port)
+        return port
+
+    def _connect(self, function: PciFunction, port: DmaPort) -> None:
+        if self.upstream(function):
+            port.peer = lambda address: self._peer(function, address)
+            self._behind_bridges.append(port)
+
+    def _peer(self, function: PciFunction, address: int) -> Run | None:
+        """The run of a request that a switch or a conventional bus gives to a peer, without asking the root complex."""
+        below = function
+        for bridge in self.upstream(function):
+            conventional = bridge.express_type in (None, _TYPE_PCI_BRIDGE)
+            redirected = below.acs is not None and below.acs.control & _ACS_REQUEST_REDIRECT
+            if conventional or (bridge.express_type == _TYPE_UPSTREAM and not redirected):
+                for peer in self.functions.values():
+                    if bridge.secondary <= peer.rid >> 8 <= bridge.subordinate and peer is not function:
+                        for base, size in peer.decoded():
+                            if base <= address < base + size:
+                                return base, base + size, 0, READ | WRITE
+            below = bridge
+        return None
+
+    def forget_routes(self) -> None:
+        """What leads where has changed: ports behind bridges look again."""
+        for port in self._behind_bridges:
+            port.forget()
 
     def interrupt(self, address: int, data: int) -> None:
         """A message signalled interrupt arrived."""
@@ -427,7 +526,9 @@ class RootComplex:
             self.memory.add_window(base, size, window)
         except ValueError:
             return False
+        self.forget_routes()
         return True
 
     def unmap(self, base: int) -> None:
         self.memory.remove_window(base)
+        self.forget_routes()

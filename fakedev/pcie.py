@@ -44,7 +44,7 @@ class ExpressCapability:
     def __init__(self, function: PciFunction, offset: int, kind: int, flr: bool = True, prefixes: bool = True) -> None:
         self._function = function
         self.offset = offset
-        self.kind = kind
+        function.express_type = kind
         body = bytearray(_EXPRESS_SIZE - 2)
         writable = bytearray(_EXPRESS_SIZE - 2)
 
@@ -193,6 +193,8 @@ class AcsCapability(_Extended):
 
     def __init__(self, function: PciFunction, offset: int, supported: int, enabled: int = 0) -> None:
         super().__init__(function, offset)
+        function.acs = self
+        function.watch_config(offset + PCI_ACS_CTRL, 2, self._control_changed)
         function.add_extended_capability(
             PCI_EXT_CAP_ID_ACS,
             1,
@@ -209,3 +211,7 @@ class AcsCapability(_Extended):
     def control(self) -> int:
         """The services that are on."""
         return self._get(PCI_ACS_CTRL)
+
+    def _control_changed(self) -> None:
+        if self.function.root is not None:
+            self.function.root.forget_routes()
