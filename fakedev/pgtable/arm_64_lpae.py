@@ -46,8 +46,8 @@ MEMATTR_WRITE_BACK, MEMATTR_NON_CACHEABLE, MEMATTR_DEVICE, MEMATTR_FWB_WRITE_BAC
 #: Bits of `prot` (include/linux/iommu.h).
 _READ, _WRITE, _CACHE, _NOEXEC, _MMIO, _PRIV = 1, 2, 4, 8, 16, 32
 
-#: log2 of how many items a contiguous hint joins, by granule: at level 0, and above it.
-_CONTIGUOUS_LG2 = {12: (4, 4), 14: (7, 5), 16: (5, 5)}
+#: log2 of how many items a contiguous hint joins, by granule and level. UNVERIFIED: none for blocks of 4 TiB.
+_CONTIGUOUS_LG2 = {12: (4, 4, 4), 14: (7, 5, 0), 16: (5, 5, 0)}
 
 
 def stage2_top_level(granule_lg2: int, sl0: int, input_bits: int, output_bits: int) -> int | None:
@@ -130,7 +130,7 @@ class _Arm64(PageTableFormat):
     def leaf_lg2(self, item: int, level: int) -> int:
         lg2 = self.item_lg2(level)
         if item & CONTIGUOUS:
-            joined = lg2 + self._contiguous[level > 0]
+            joined = lg2 + self._contiguous[level]
             if joined <= self.input_bits:
                 return joined
         return lg2

@@ -45,7 +45,7 @@ ARM_START = {
 ARM_S2_START = {4: {0: 2, 1: 1, 2: 0, 3: 3}, 16: {0: 3, 1: 2, 2: 1}, 64: {0: 3, 1: 2, 2: 1}}
 ARM_BLOCK_LEVELS = {4: {1, 2}, 16: {2}, 64: {2}}
 # Entries that a contiguous hint joins, by level.
-ARM_CONTIGUOUS = {4: {1: 16, 2: 16, 3: 16}, 16: {2: 32, 3: 128}, 64: {1: 32, 2: 32, 3: 32}}
+ARM_CONTIGUOUS = {4: {1: 16, 2: 16, 3: 16}, 16: {2: 32, 3: 128}, 64: {1: 1, 2: 32, 3: 32}}
 
 
 def arm_start(granule, txsz):
