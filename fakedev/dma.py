@@ -329,7 +329,8 @@ class DmaPort:
         return DmaAbort(address)
 
     def _translate(self, address: int, length: int, access: int, pasid: int = NO_PASID) -> Run:
-        first, beyond = self.msi_window
+        # A request with a PASID is never an interrupt (VT-d specification 3.15; PCIe 6.20).
+        first, beyond = self.msi_window if pasid == NO_PASID else (0, 0)
         if not self.enabled or first <= address < beyond or address + length > 1 << 64:
             raise DmaAbort(address)
         if self.peer is not None:
