@@ -97,11 +97,14 @@ class OutputQueue:
         if not self.overflowed():
             self.indexes.prod.value ^= regs.Q_OVERFLOW_FLAG
 
-    def put(self, words: tuple[int, ...]) -> bool:
-        """Write a record if the queue is writable; True if it has been written."""
+    def put(self, words: tuple[int, ...], kept: bool = False) -> bool:
+        """Write a record if the queue is writable; True if it has been written.
+
+        One that a full queue does not take is lost, and that is an overflow; unless it is `kept` for later.
+        """
         indexes = self.indexes
         if not self.writable():
-            if self.enabled and indexes.full() and not self._errors.active(self.abort_error):
+            if not kept and self.enabled and indexes.full() and not self._errors.active(self.abort_error):
                 self.overflow()
             return False
         log2 = indexes.log2

@@ -424,7 +424,7 @@ class SmmuV3:
     def record(self, event: Event) -> bool:
         """Write an event record; True if the queue took it. The interrupt tells that it is no longer empty."""
         was_empty = self.eventq.indexes.empty()
-        if not self.eventq.put(event.words()):
+        if not self.eventq.put(event.words(), kept=event.stag is not None):
             return False
         if was_empty:
             self._interrupt("EVENTQ", regs.IRQ_EVENTQ, regs.GERROR_MSI_EVENTQ_ABT_ERR)
