@@ -272,8 +272,14 @@ def test_supervisor_requests_need_sre(rig):
 
 @pytest.mark.parametrize(
     ("wpe", "bits", "user", "supervisor"),
-    [(0, 1, (0x81, 0x81), (None, None)), (1, 1, (0x81, 0x81), (None, 0x85)), (1, 3, (0x81, 0x81), (None, None))]
-    + [(0, 5, (None, 0x85), (None, None)), (1, 5, (None, 0x85), (None, 0x85)), (1, 7, (None, None), (None, None))],
+    [
+        (0, 1, (0x81, 0x81), (None, None)),
+        (1, 1, (0x81, 0x81), (None, 0x85)),
+        (1, 3, (0x81, 0x81), (None, None)),
+        (0, 5, (None, 0x85), (None, None)),
+        (1, 5, (None, 0x85), (None, 0x85)),
+        (1, 7, (None, None), (None, None)),
+    ],
 )
 def test_rights_of_the_first_stage_by_privilege(rig, wpe, bits, user, supervisor):
     made = rig()
