@@ -55,14 +55,13 @@ class PciBridge(PciFunction):
         *,
         kind: str = "root-port",
         acs: int = ACS_ALL,
-        header_type: int = 0,
         ids: tuple[int, int] = (0x1B36, 0x000C),
     ) -> None:
         super().__init__(
             address,
             ids,
             0x060400,
-            header_type=header_type | PCI_HEADER_TYPE_BRIDGE,
+            header_type=PCI_HEADER_TYPE_BRIDGE,
             config_size=256 if kind == "pci" else 4096,
             command=0x7,
         )

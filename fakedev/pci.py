@@ -251,6 +251,11 @@ class PciFunction:
                 put(PCI_BASE_ADDRESS_0 + 4 * index, width, assigned[index] | bar.type_bits, writable)
         self._reset_state = bytes(self.config)
 
+    def set_multifunction(self) -> None:
+        """Say in the header that the slot has more functions."""
+        self.config[PCI_HEADER_TYPE] |= PCI_MULTIFUNCTION
+        self._reset_state = bytes(self.config)
+
     # -- capabilities ------------------------------------------------------------------------------------------------
 
     def add_capability(self, cap_id: int, offset: int, body: bytes, writable: bytes) -> None:
