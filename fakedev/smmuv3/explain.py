@@ -7,7 +7,7 @@ from fakedev.pgtable.format import rights_in_words
 from fakedev.pgtable.walker import MAPPED, explain, walk
 from fakedev.smmuv3.config import Cd, Region, Ste
 from fakedev.smmuv3.lookup import Configuration, ConfigurationError
-from fakedev.smmuv3.translate import RIGHTS, STAGE_2, VMID_SHIFT, Refused, Translator, canonical
+from fakedev.smmuv3.translate import RIGHTS, STAGE_2, VMID_SHIFT, Translator, canonical
 
 
 def explain_stream(
@@ -26,11 +26,11 @@ def explain_stream(
     if ste.illegal or ste.aborts:
         return lines
     try:
-        cd = _cd(configuration, ste, sid, pasid, lines)
+        cd = _cd(configuration, translator, ste, sid, pasid, lines)
     except ConfigurationError as error:
         return [*lines, str(error)]
-    except Refused as refused:
-        return [*lines, f"CD: {refused} at stage 2, IPA {refused.ipa:#x}"]
+    except BusAbort as error:
+        return [*lines, f"stage 2 does not translate the CD's IPA {error.address:#x}"]
     if cd is None:
         if ste.s2:
             _stage2(translator, ste, address, lines)
@@ -43,12 +43,18 @@ def explain_stream(
     return lines
 
 
-def _cd(configuration: Configuration, ste: Ste, sid: int, pasid: int, lines: list[str]) -> Cd | None:
+def _cd(
+    configuration: Configuration, translator: Translator, ste: Ste, sid: int, pasid: int, lines: list[str]
+) -> Cd | None:
     index = configuration.cd_index(ste, None if pasid < 0 else pasid)
     if index is None:
         lines.append("stage 1 is bypassed")
         return None
-    cd = configuration.read_cd(ste, index, {})
+
+    def locate(ste: Ste, address: int) -> int:
+        return _stage2_output(translator, ste, address) if ste.s2 else address
+
+    cd = configuration.read_cd(ste, index, {}, locate)
     cached = configuration.cds.get(sid, {}).get(index)
     if cached is not None and cached.words != cd.words:
         lines.append(f"the configuration cache still holds CD {index}: {cached}")

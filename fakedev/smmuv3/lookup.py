@@ -8,6 +8,7 @@ was changed without the command goes on as it was. CONT is ignored, as it may be
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 from fakedev.memory import BusAbort
 from fakedev.smmuv3 import entries as e
@@ -15,6 +16,9 @@ from fakedev.smmuv3 import events, regs
 from fakedev.smmuv3.config import Cd, Ste, decode_cd, decode_ste
 from fakedev.smmuv3.regs import Features
 from fakedev.smmuv3.translate import Refused, Stream, Translator
+
+#: Where an address of a stream's CD table lies. Raises Refused.
+Locate: TypeAlias = Callable[[Ste, int], int]
 
 
 class ConfigurationError(Refused):
@@ -150,8 +154,12 @@ class Configuration:
                 self.l1cds.pop(sid)
         return cd
 
-    def read_cd(self, ste: Ste, index: int, l1cds: dict[int, int]) -> Cd:
-        """The CD in memory; level 1 descriptors come from, and go to, `l1cds`. Raises Refused."""
+    def read_cd(self, ste: Ste, index: int, l1cds: dict[int, int], locate: Locate | None = None) -> Cd:
+        """The CD in memory; level 1 descriptors come from, and go to, `l1cds`. Raises Refused.
+
+        `locate` says where an address of the CD table lies, if not the way that a request goes, through TLB and tables.
+        """
+        where_is = locate or self._translator.cd_pa
         pointer = ste.s1contextptr
         if ste.s1fmt == e.S1FMT_LINEAR:
             where = (pointer & -(e.CD_BYTES << ste.s1cdmax)) + e.CD_BYTES * index
@@ -161,15 +169,15 @@ class Configuration:
             descriptor = l1cds.get(number)
             if descriptor is None:
                 pointer &= -(8 << max(ste.s1cdmax - low_bits, 3))
-                descriptor = l1cds[number] = self._fetch_cd(ste, pointer + 8 * number)
+                descriptor = l1cds[number] = self._fetch_cd(where_is(ste, pointer + 8 * number))
             table = descriptor & e.L1CD_L2PTR_MASK & -(e.CD_BYTES << low_bits)
             if not descriptor & e.L1CD_V or table >> self.features.oas:
                 raise ConfigurationError(events.C_BAD_SUBSTREAMID, ssid=index)
             where = table + e.CD_BYTES * (index & (1 << low_bits) - 1)
-        return decode_cd(self.features, ste, [self._fetch_cd(ste, where + 8 * word) for word in range(e.CD_WORDS)])
+        pa = where_is(ste, where)  # a CD does not cross a page
+        return decode_cd(self.features, ste, [self._fetch_cd(pa + 8 * word) for word in range(e.CD_WORDS)])
 
-    def _fetch_cd(self, ste: Ste, address: int) -> int:
-        pa = self._translator.cd_pa(ste, address)
+    def _fetch_cd(self, pa: int) -> int:
         try:
             return self._translator.load(pa)
         except BusAbort:

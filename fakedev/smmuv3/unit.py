@@ -329,8 +329,8 @@ class SmmuV3:
                 error = regs.CERROR_ABT
             if error:
                 cons.value = regs.CMDQ_CONS_ERR.set(index, error)
-                self.errors.activate(regs.GERROR_CMDQ_ERR)
-                return
+                self.errors.activate(regs.GERROR_CMDQ_ERR)  # whose interrupt's handler may acknowledge it already
+                continue
             cons.value = index & regs.CMDQ_CONS_ERR.mask | index + 1 & (2 << log2) - 1
 
     def atc_invalidate(self, sid: int, request: Invalidation) -> bool:
