@@ -368,3 +368,15 @@ def test_what_has_no_dirty_range_is_an_error(case):
         with pytest.raises(KernelError) as caught:
             tree.table.read_and_clear_dirty(iova, length, True, None)
         assert caught.value.errno in (errno.EINVAL, errno.ERANGE, errno.EOVERFLOW)
+
+
+@by_name([case for case in DIRTY if not case.arm])
+def test_a_dirty_leaf_that_begins_before_the_range_is_reported_whole(case):
+    tree = Tree(case)
+    size = 1 << 16 if case.sizes & 1 << 16 else M2
+    tree.map(size, size, size)
+    walk(case.fmt, tree.load, tree.table.root, tree.table.top_level, size + size // 2, 2, updater(tree.memory))
+    seen = Reported()
+    assert tree.table.read_and_clear_dirty(2 * size - K4, K4, True, seen) == (size, 2 * size - 1)
+    assert seen.leaves == [(size, size)]
+    assert tree.table.read_and_clear_dirty(size, size, False, seen) is None
