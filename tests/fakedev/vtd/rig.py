@@ -81,8 +81,7 @@ class Rig:
         return int.from_bytes(self.memory.read(pa, 8), "little")
 
     def words(self, pa, values):
-        for n, value in enumerate(values):
-            self.word(pa + 8 * n, value)
+        self.memory.write(pa, b"".join(value.to_bytes(8, "little") for value in values))
 
     def reg(self, offset, width=4):
         return self.box.mmio.read(BASE + offset, width)
@@ -149,8 +148,8 @@ class Rig:
 
     def map_guest(self, bits=3):
         """Second-stage identity for the first 2 MiB, where all tables are: with 4 KiB pages."""
-        for n in range(512):
-            self.map_second(n << 12, n << 12, bits)
+        self.map_second(0, 0, bits)
+        self.words(SECOND[3] + 8, ((n << 12) | bits for n in range(1, 512)))
 
     # -- the queue
 
