@@ -133,7 +133,6 @@ class ArmPageTable(PageTable):
         if kind == TABLE:
             below = self.format.table_address(item, level)
             self._words[item_pa >> 3] = 0
-            self._recent_key = -1
             freed.append(below)
             self._collect(below, level - 1, freed)
         elif kind != EMPTY:
@@ -161,8 +160,6 @@ class ArmPageTable(PageTable):
             if not size:
                 break
             va += size
-        if freed:
-            self._recent_key = -1
         return va - iova, freed
 
     def _unmap_pages(self, va: int, lg2: int, count: int, freed: list[int]) -> int:

@@ -137,6 +137,10 @@ def test_a_block_over_a_table_replaces_it_with_all_that_it_maps():
     tree.map(M2, M2, M2)
     assert tree.size(M2 + 3 * K4) == M2
     assert tree.pages.live == live - 1
+    tree.map(G1 + K4, 0, 3 * M2)
+    tree.map(G1, G1, G1)
+    assert tree.size(G1) == G1
+    assert tree.pages.live == len(tree.table.tables()) == 3
 
 
 @pytest.mark.parametrize(
