@@ -153,8 +153,8 @@ class TranslationServices:
         except Refused as refused:
             unit.fault(request, refused.reason, refused.fpd, faults.TRANSLATED)
         if address < MSI_START:
-            return 0, MSI_START, 0, READ | WRITE
-        return MSI_END, 1 << unit.host_address_bits, 0, READ | WRITE
+            return unit.clip((0, MSI_START, 0, READ | WRITE), address)
+        return unit.clip((MSI_END, 1 << unit.host_address_bits, 0, READ | WRITE), address)
 
     # -- page requests -----------------------------------------------------------------------------------------------
 

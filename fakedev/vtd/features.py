@@ -263,6 +263,8 @@ class Capabilities:
         "pasid",
         "pasid_bits",
         "pass_through",
+        "protected_high",
+        "protected_low",
         "queued_invalidation",
         "rid_pasid",
         "rid_priv",
@@ -285,6 +287,8 @@ class Capabilities:
         self.ecap = ecap
         self.ndoms = 1 << 4 + 2 * (cap & 7)
         self.write_buffer_flush = bool(cap >> 4 & 1)
+        self.protected_low = bool(cap >> 5 & 1)
+        self.protected_high = bool(cap >> 6 & 1)
         self.caching_mode = bool(cap >> 7 & 1)
         #: Bit n: tables of n + 2 levels.
         self.sagaw = cap >> 8 & 0x1F

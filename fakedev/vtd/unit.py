@@ -51,13 +51,14 @@ from fakedev.vtd.ats import TranslationServices
 from fakedev.vtd.events import Event
 from fakedev.vtd.faults import FaultRecorder, Refused
 from fakedev.vtd.page_requests import PageRequestQueue
+from fakedev.vtd.protected import ProtectedRegions
 from fakedev.vtd.queue import InvalidationQueue
 from fakedev.vtd.scalable import ScalableMode
 
 _ONES32 = 0xFFFF_FFFF
 _ONES64 = 0xFFFF_FFFF_FFFF_FFFF
 #: What `translate` does with a request.
-_OFF, _LEGACY, _OTHERWISE = range(3)
+_OFF, _LEGACY, _OTHERWISE, _PROTECTED = range(4)
 
 
 class _Context:
@@ -122,6 +123,7 @@ class VtdUnit:
         self._completion_event = Event("IE", regs.IECTL, send_interrupt)
         self._services = TranslationServices(self)
         self._page_requests = PageRequestQueue(memory, send_interrupt, self._services.answer)
+        self._protected = ProtectedRegions(caps, self._protection_changed)
         self.registers = RegisterFile(self._declare(version))
         at = self.registers.by_name
         self._gsts, self._fsts, self._rtaddr = at["GSTS"], at["FSTS"], at["RTADDR"]
@@ -154,6 +156,7 @@ class VtdUnit:
             Register("IVA", caps.iotlb_offset, 8, writable=_ONES64 & ~0xF80),
             Register("IOTLB", caps.iotlb_offset + 8, 8, writable=_ONES64, action=self._iotlb_command),
         ]
+        found += self._protected.registers
         if caps.page_request:
             found += self._page_requests.registers
         for n in range(caps.fault_records):
@@ -215,10 +218,16 @@ class VtdUnit:
             self._clear_caches()
 
     def _set_state(self) -> None:
+        self._state = _PROTECTED if self._protected.enabled else self._unprotected_state()
+
+    def _unprotected_state(self) -> int:
         if not self._gsts.value & regs.TE:
-            self._state = _OFF
-        else:
-            self._state = _LEGACY if self.mode == regs.TTM_LEGACY else _OTHERWISE
+            return _OFF
+        return _LEGACY if self.mode == regs.TTM_LEGACY else _OTHERWISE
+
+    def _protection_changed(self) -> None:
+        self._set_state()
+        self._forget()
 
     def _fault_status(self, old: int, _written: int) -> None:
         self.recorder.update()
@@ -367,11 +376,26 @@ class VtdUnit:
         return run
 
     def _translate_otherwise(self, port: DmaPort, pasid: int, address: int, length: int, access: int) -> Run:
+        if self._state == _PROTECTED:
+            self._state = self._unprotected_state()
+            try:
+                return self.clip(self.translate(port, pasid, address, length, access), address)
+            finally:
+                self._state = _PROTECTED
         try:
             self.check_mode()
             return self.scalable.translate(port.rid, pasid, address, length, access)
         except Refused as refused:
             self.fault(DmaRequest(port.rid, pasid, address, length, access), refused.reason, refused.fpd)
+
+    def clip(self, run: Run, address: int) -> Run:
+        """A run without the protected memory regions. Raises TranslationFault where `address` leads into one."""
+        if self._protected.enabled:
+            clipped = self._protected.clip(run, address)
+            if clipped is None:
+                raise TranslationFault(f"{address + run[2]:#x} is in a protected memory region")
+            return clipped
+        return run
 
     def check_mode(self) -> None:
         """Whether requests are translated at all in the mode that the root-table address register asks for. Refused."""
@@ -383,7 +407,7 @@ class VtdUnit:
     @property
     def translating(self) -> bool:
         """GSTS.TES."""
-        return self._state != _OFF
+        return bool(self._gsts.value & regs.TE)
 
     def translated(self, port: DmaPort, pasid: int, address: int, length: int, access: int) -> Run:
         """Check a translated request (AT=10b). Raises TranslationFault."""
