@@ -229,3 +229,16 @@ def same(theirs: Answer, ours: Answer, unit: str) -> bool:
         departure.explains is not None and departure.unit == unit and departure.explains(theirs, ours)
         for departure in DEPARTURES
     )
+
+
+def markdown() -> str:
+    """The table as docs/qemu.md has it."""
+    lines = ["| unit | manual | it says | QEMU 11.1 | here |", "|---|---|---|---|---|"]
+    for one in DEPARTURES:
+        how = "canonicalised" if one.explains else "avoided"
+        lines.append(f"| {one.unit} | {one.section} | {one.manual} | {one.qemu} | {how} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
 from tests.qemu import vectors
-from tests.qemu.departures import DEPARTURES
+from tests.qemu.departures import DEPARTURES, markdown
 from tests.qemu.judged import UNITS, Judged, asked, differences
 from tests.qemu.qtest import Qtest, QtestError, find_qemu
 from tests.qemu.rig import count
@@ -40,6 +41,11 @@ def test_cases_are_the_same_for_the_same_seed_and_have_answers(name):
 
 def test_departures_name_the_manuals_section():
     assert all(departure.section and departure.manual and departure.qemu for departure in DEPARTURES)
+
+
+def test_the_page_has_the_table_of_departures():
+    page = Path(__file__).parents[2] / "docs" / "qemu.md"
+    assert markdown() in page.read_text(), "print it anew: python -m tests.qemu.departures"
 
 
 def test_a_program_that_says_nothing_is_given_up(tmp_path):
