@@ -95,6 +95,8 @@ class Pasid:
         "snoop",
         "supervisor",
         "tag",
+        "update_first",
+        "update_second",
     )
 
     def __init__(self, pasid: int, reason: int = 0, fpd: bool = False) -> None:
@@ -115,6 +117,9 @@ class Pasid:
         #: PWSNP: without it no walk may update an entry.
         self.snoop = False
         self.supervisor = False
+        #: How walks of either stage set bits in items; None: they do not.
+        self.update_first: Update | None = None
+        self.update_second: Update | None = None
 
 
 class ScalableMode:
@@ -396,6 +401,8 @@ class ScalableMode:
             entry.tag |= FIRST_STAGE
             if pgtt == entries.PGTT_NESTED and entry.first_root >> entry.limit:
                 return False
+        entry.update_first = self._updater(entry, first=True)
+        entry.update_second = self._updater(entry, first=False) if entry.dirty else None
         return True
 
     # -- walks -------------------------------------------------------------------------------------------------------
@@ -424,7 +431,7 @@ class ScalableMode:
                 raise Refused(faults.NOT_CANONICAL, entry.fpd)
             if pgtt == entries.PGTT_NESTED:
                 return self._fill_nested(entry, address, access, needed)
-            end = self._walk_first(entry, address, needed, self._load, self._updater(entry, first=True))
+            end = self._walk_first(entry, address, needed, self._load, entry.update_first)
             rights = _first_rights(end)
         pages = self._contiguous(end, address, length) if end.level == 0 and length > 1 else 1
         return self._end(entry, address, end.output - address, end.lg2, rights, access, needed, pages)
@@ -451,7 +458,7 @@ class ScalableMode:
         lg2 = min(first.lg2, second.lg2)
         return self._end(entry, address, second.output - address, lg2, both, access, needed)
 
-    def _walk_first(self, entry: Pasid, address: int, needed: int, load: Load, update: Update) -> Walk:
+    def _walk_first(self, entry: Pasid, address: int, needed: int, load: Load, update: Update | None) -> Walk:
         """A first-stage walk that ends at a leaf. Refused."""
         assert entry.first is not None
         end = walk(entry.first, load, entry.first_root, entry.first_top, address, needed, update)
@@ -469,8 +476,7 @@ class ScalableMode:
     def _walk_second(self, entry: Pasid, address: int, needed: int) -> Walk:
         """A second-stage walk that ends at a leaf which can be read or written. Refused."""
         assert entry.second is not None
-        update = self._updater(entry, first=False) if entry.dirty else None
-        end = walk(entry.second, self._load, entry.second_root, entry.second_top, address, needed, update)
+        end = walk(entry.second, self._load, entry.second_root, entry.second_top, address, needed, entry.update_second)
         outcome = end.outcome
         if outcome == MAPPED:
             if end.rights & (R | W):
@@ -703,7 +709,8 @@ class _GuestTables:
         end = self._mode._walk_second(entry, pa, R | W)
         if not end.rights & W:
             raise Refused(faults.FS_TABLE_NOT_WRITABLE, entry.fpd)
-        return self._mode._updater(entry, first=True)(end.output, old, new)
+        assert entry.update_first is not None
+        return entry.update_first(end.output, old, new)
 
     def peek(self, pa: int) -> int:
         return load_word(self._mode.memory, self._mode.peek_second(self._entry, pa).output)
