@@ -103,7 +103,14 @@ class Machine:
 
     def add_vtd(self, base: int = VTD_BASE, cap: int = VTD_LEGACY_CAP, ecap: int = VTD_LEGACY_ECAP) -> VtdUnit:
         """A VT-d unit with its registers at `base`."""
-        unit = VtdUnit(self.memory, cap, ecap, send_interrupt=self.root.interrupt, on_fault=self.last_faults.append)
+        unit = VtdUnit(
+            self.memory,
+            cap,
+            ecap,
+            send_interrupt=self.root.interrupt,
+            on_fault=self.last_faults.append,
+            downstream=self.root,
+        )
         self.mmio.add(base, unit)
         self.units.append(unit)
         self._behind[unit] = []
