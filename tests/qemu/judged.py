@@ -48,6 +48,10 @@ def _smmu(program: str) -> tuple[Rig, dict]:
     return QemuSmmu(program), VIRT
 
 
+def _smmu_two_level(program: str) -> tuple[Rig, dict]:
+    return QemuSmmu(program, two_level=True), {**VIRT, "two_level": True}
+
+
 def _our_smmu(parameters: dict) -> Rig:
     return OurSmmu(**parameters)
 
@@ -84,6 +88,7 @@ UNITS = {
             _vtd(",scalable-mode=on,fsts=on", scalable=True),
             _our_vtd,
         ),
+        Judged("smmuv3-two-level", "smmuv3", "aarch64", smmu_cases.two_level, _smmu_two_level, _our_smmu),
         *(
             Judged(f"smmuv3-{name}", "smmuv3", "aarch64", smmu_cases.cases(kind), _smmu, _our_smmu)
             for name, kind in (("s1", smmu_cases.S1), ("s2", smmu_cases.S2), ("nested", smmu_cases.NESTED))

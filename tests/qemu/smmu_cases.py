@@ -12,7 +12,7 @@ from random import Random
 
 from fakedev.smmuv3 import commands, entries
 from tests.qemu.rig import Case
-from tests.qemu.smmu_rig import RAM, RAM_END, RIDS, STREAMS
+from tests.qemu.smmu_rig import RAM, RAM_END, RIDS, SPLIT, STREAMS
 
 CONTEXT = RAM + 0x40_0000
 #: Tables of stage 1 and stage 2 and pages, 64 KiB apart, so that any granule may have them.
@@ -352,4 +352,45 @@ def cases(kind: int) -> Callable[[int], Case]:
         random = Random(seed)
         return (wild if random.random() < 0.65 else stale)(random, kind)
 
+    return case
+
+
+def two_level(seed: int) -> Case:
+    """A stream found through a two-level table, with stage 1 tables from TTB0 or, for high addresses, TTB1."""
+    random = Random(seed)
+    good = random.random() < 0.35
+    rid, asid = random.choice(RIDS), random.randrange(1, 200)
+    level_2 = RAM + 0x18_0000
+    span, where = SPLIT + 1, level_2
+    luck = random.random()
+    if not good and luck < 0.05:
+        span = random.choice((0, SPLIT + 2))
+    elif not good and luck < 0.10:
+        where = nowhere(random)
+    s1 = regime(random)
+    case: Case = _store(STREAMS, [where | entries.L1STD_SPAN.put(span)])
+    case += _store(level_2 + 64 * rid, ste(random, S1, s1, 0, good))
+    upper = random.random() < 0.6
+    words = cd(random, s1, asid, good or upper, nested=False)
+    if upper:
+        words[0] &= ~(entries.CD_0_EPD1 | entries.CD_0_T0SZ.mask | entries.CD_0_TG0.mask)
+        words[0] |= entries.CD_0_T1SZ.put(64 - s1.bits) | entries.CD_0_TG1.put({12: 2, 14: 1, 16: 3}[s1.granule])
+        words[0] |= entries.CD_0_EPD0
+        words[2], words[1] = words[1], 0
+        if not good and random.random() < 0.05:
+            words[0] |= entries.CD_0_EPD1
+    case += _store(CONTEXT, words)
+    iova = _low_bits(random, s1.bits)
+    steps = path(random, 1, s1, iova, FIRST, good)
+    case += [["w", at, item] for at, item in steps]
+    high = (1 << 64) - (1 << s1.bits) if upper else 0
+    if not good and random.random() < 0.05:
+        high ^= 1 << random.randrange(s1.bits, 64)
+    if entries.STE_0_CONFIG.get(case[1][2]) == entries.CONFIG_BYPASS:
+        high, iova = 0, random.choice(PAGES)
+    case.append(write(rid, iova | high, steps, [iova]))
+    if good:
+        at, item = steps[-1]
+        case += [["w", at, item & ~_AF], write(rid, iova | high, steps, [iova])]
+        case += [["i", *invalidation(random, S1, iova | high, asid, 0)], write(rid, iova | high, steps, [iova])]
     return case

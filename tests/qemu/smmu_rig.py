@@ -36,19 +36,29 @@ VIRT = {
 }
 _STREAM_LOG2, _COMMAND_LOG2, _EVENT_LOG2 = 6, 8, 15
 _EVENT_INDEX = (1 << _EVENT_LOG2 + 1) - 1
-_SETUP = [
-    (regs.CR0, 4, 0),
-    (regs.CR1, 4, 0xD75),
-    (regs.CMDQ_BASE, 8, COMMANDS | _COMMAND_LOG2),
-    (regs.CMDQ_PROD, 4, 0),
-    (regs.CMDQ_CONS, 4, 0),
-    (regs.EVENTQ_BASE, 8, EVENTS | _EVENT_LOG2),
-    (regs.EVENTQ_PROD, 4, 0),
-    (regs.EVENTQ_CONS, 4, 0),
-    (regs.STRTAB_BASE_CFG, 4, _STREAM_LOG2),
-    (regs.STRTAB_BASE, 8, STREAMS),
-    (regs.CR0, 4, regs.CR0_CMDQEN | regs.CR0_EVENTQEN | regs.CR0_SMMUEN),
-]
+#: A two-level stream table: 64 streams a level 2 table, which a case puts where it likes.
+SPLIT = 6
+
+
+def _setup(two_level: bool) -> list[tuple[int, int, int]]:
+    """The registers that turn translation on: (offset, width, value)."""
+    table = regs.STRTAB_SPLIT.put(SPLIT) | regs.STRTAB_FMT.put(regs.STRTAB_FMT_2LVL) | 8 if two_level else _STREAM_LOG2
+    return [
+        (regs.CR0, 4, 0),
+        (regs.CR1, 4, 0xD75),
+        (regs.CR2, 4, regs.CR2_RECINVSID),
+        (regs.CMDQ_BASE, 8, COMMANDS | _COMMAND_LOG2),
+        (regs.CMDQ_PROD, 4, 0),
+        (regs.CMDQ_CONS, 4, 0),
+        (regs.EVENTQ_BASE, 8, EVENTS | _EVENT_LOG2),
+        (regs.EVENTQ_PROD, 4, 0),
+        (regs.EVENTQ_CONS, 4, 0),
+        (regs.STRTAB_BASE_CFG, 4, table),
+        (regs.STRTAB_BASE, 8, STREAMS),
+        (regs.CR0, 4, regs.CR0_CMDQEN | regs.CR0_EVENTQEN | regs.CR0_SMMUEN),
+    ]
+
+
 _ALL = (*commands.cfgi_all(), *commands.tlbi_nsnh_all())
 
 
@@ -72,7 +82,7 @@ class Queue:
 class QemuSmmu(Rig):
     """QEMU's SMMUv3 of `-machine virt`."""
 
-    def __init__(self, program: str) -> None:
+    def __init__(self, program: str, two_level: bool = False) -> None:
         arguments = "-machine virt,acpi=off,gic-version=3,iommu=smmuv3,highmem-ecam=off -cpu max -smp 1 -m 1G -net none"
         devices = ["iommu-testdev,addr=1,multifunction=on", "iommu-testdev,addr=1.1", "iommu-testdev,addr=2"]
         self.qemu = Qtest(program, [*arguments.split(" "), *(word for one in devices for word in ("-device", one))])
@@ -87,7 +97,7 @@ class QemuSmmu(Rig):
                 self._say(f"writel {ECAM + (rid << 12) + offset:#x} {value:#x}")
             for offset, value in ((0x1C, SCRATCH), (0x20, 0), (0xC, 4), (0x18, 2)):
                 self._say(f"writel {bar + offset:#x} {value:#x}")
-        for offset, width, value in _SETUP:
+        for offset, width, value in _setup(two_level):
             self._register(offset, width, value)
         self.qemu.ask(self._commands)
         self._commands.clear()
@@ -164,7 +174,7 @@ class QemuSmmu(Rig):
 class OurSmmu(Rig):
     """Our unit with the features of `-machine virt`'s."""
 
-    def __init__(self, **features) -> None:
+    def __init__(self, two_level: bool = False, **features) -> None:
         self.box = box = Machine("judged", PhysicalMemory(RAM_END))
         self.memory = box.memory
         self.unit = SmmuV3(self.memory, regs.Features(**features), send_interrupt=box.root.interrupt)
@@ -175,7 +185,7 @@ class OurSmmu(Rig):
         self._queue = Queue()
         self._events = 0
         self._answers: list = []
-        for offset, width, value in _SETUP:
+        for offset, width, value in _setup(two_level):
             self.unit.write(offset, width, value)
 
     def word(self, pa: int, value: int) -> None:
