@@ -6,7 +6,8 @@ manual's here: 3 holds pages.
 
 from __future__ import annotations
 
-F_WALK_EABT, F_TRANSLATION, F_ADDR_SIZE, F_ACCESS, F_PERMISSION, F_CD_FETCH = 0x0B, 0x10, 0x11, 0x12, 0x13, 0x09
+F_WALK_EABT, F_TRANSLATION, F_ADDR_SIZE, F_ACCESS, F_PERMISSION = 0x0B, 0x10, 0x11, 0x12, 0x13
+F_CD_FETCH, C_BAD_CD = 0x09, 0x0A
 CD, TT, IN = 0, 1, 2
 
 
@@ -118,9 +119,11 @@ class Oracle:
             return self._second(address, IN, write, execute, privileged)
         pa = self._second(self.cd_address, CD)
         try:
-            self.load(pa)
+            cd = self.load(pa)
         except LookupError:
             raise Fault(F_CD_FETCH, 0, CD, pa) from None
+        if not cd >> 31 & 1:  # stage 2 led elsewhere
+            raise Fault(C_BAD_CD, 0, CD, 0)
         if address >> self.first.bits:
             raise Fault(F_TRANSLATION, 0, IN, 0)
         where = None

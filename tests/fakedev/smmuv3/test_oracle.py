@@ -11,7 +11,7 @@ import pytest
 from fakedev.memory import BusAbort
 from fakedev.smmuv3 import entries as e
 from tests.fakedev.smmuv3.bench import RID, Bench
-from tests.fakedev.smmuv3.oracle import CD, F_CD_FETCH, F_PERMISSION, F_WALK_EABT, TT, Fault, Oracle, Stage
+from tests.fakedev.smmuv3.oracle import C_BAD_CD, CD, F_CD_FETCH, F_PERMISSION, F_WALK_EABT, TT, Fault, Oracle, Stage
 
 POOL, POOL_END, DATA = 0x100_0000, 0x500_0000, 0x600_0000
 TG = {12: 0, 14: 2, 16: 1}
@@ -156,12 +156,13 @@ def seen(bench, address, write, execute, privileged, pasid):
         run = bench.unit.translate(bench.dma, pasid, address, 4, access)
     except Exception:
         event = bench.event()
-        assert event["address"] == (0 if event["id"] == F_CD_FETCH else address)
+        of_the_cd = event["id"] in (F_CD_FETCH, C_BAD_CD)
+        assert event["address"] == (0 if of_the_cd else address)
         if event["id"] in (0x10, 0x11, 0x12, 0x13, F_WALK_EABT):
             assert (event["rnw"], event["ind"], event["pnu"]) == (not write, execute, privileged)
         if event["id"] == F_PERMISSION and event["class"] == TT:
             assert event["ttrnw"] == 1
-        return event["id"], event["s2"], CD if event["id"] == F_CD_FETCH else event["class"], event["last"]
+        return event["id"], event["s2"], CD if of_the_cd else event["class"], event["last"]
     assert run[0] <= address < run[1]
     return address + run[2]
 
