@@ -88,6 +88,7 @@ UNITS = {
             _vtd(",scalable-mode=on,fsts=on", scalable=True),
             _our_vtd,
         ),
+        Judged("smmuv3-config", "smmuv3", "aarch64", smmu_cases.config, _smmu, _our_smmu),
         Judged("smmuv3-two-level", "smmuv3", "aarch64", smmu_cases.two_level, _smmu_two_level, _our_smmu),
         *(
             Judged(f"smmuv3-{name}", "smmuv3", "aarch64", smmu_cases.cases(kind), _smmu, _our_smmu)
@@ -130,14 +131,14 @@ def words(answer: int | list[int]) -> str:
     return " ".join({-1: "blocked", -2: "elsewhere"}.get(word, f"{word:#x}") for word in answer)
 
 
-def record(name: str, cases: int) -> None:
-    """Record QEMU's answers to the cases of seeds 0 to `cases`."""
+def record(name: str, cases: int, first: int = 0) -> None:
+    """Record QEMU's answers to that many cases from the seed `first`, a multiple of a file's cases."""
     unit = UNITS[name]
     program, missing = find_qemu(unit.architecture)
     if missing:
         sys.exit(missing)
     pairs: list = []
-    number = 0
+    number = first // PER_FILE
     parameters: dict = {}
     for parameters, case, answers in asked(unit, program, range(cases)):
         pairs.append([case, answers])
@@ -149,4 +150,4 @@ def record(name: str, cases: int) -> None:
 
 
 if __name__ == "__main__":
-    record(sys.argv[1], int(sys.argv[2]))
+    record(sys.argv[1], *map(int, sys.argv[2:]))

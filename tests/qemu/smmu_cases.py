@@ -394,3 +394,28 @@ def two_level(seed: int) -> Case:
         case += [["w", at, item & ~_AF], write(rid, iova | high, steps, [iova])]
         case += [["i", *invalidation(random, S1, iova | high, asid, 0)], write(rid, iova | high, steps, [iova])]
     return case
+
+
+def config(seed: int) -> Case:
+    """A good stream whose STE or CD changes: the writes before and after commands that may or may not name it."""
+    random = Random(seed)
+    kind = random.choice((S1, S2))
+    case, rid, iova, words, between, *_ = draw(random, kind, good=True)
+    step = write(rid, iova, words, between)
+    case.append(step)
+    cd_changes = kind == S1 and random.random() < 0.5
+    where = CONTEXT if cd_changes else STREAMS + 64 * rid
+    old = next(value for _, at, value in case[:-1] if at == where)
+    if cd_changes:
+        new = random.choice((old & ~entries.CD_0_V, old & ~entries.CD_0_AA64))
+    else:
+        new = random.choice((old & ~entries.STE_0_V, entries.STE_0_V, 0))
+    case += [["w", where, new], step, ["i", *commands.tlbi_nsnh_all()], step]
+    sid = rid ^ random.choice((0, 0, 0, 1, 0x18))
+    by_range = random.randrange(5)
+    aligned = sid & -(2 << by_range)
+    naming = [commands.cfgi_ste(sid), commands.cfgi_all(), commands.cfgi_ste_range(aligned, by_range)]
+    if cd_changes:
+        naming += [commands.cfgi_cd(sid, 0), commands.cfgi_cd_all(sid)]
+    case += [["i", *random.choice(naming)], step]
+    return [*case, ["i", *commands.tlbi_nsnh_all()], step]

@@ -1,7 +1,7 @@
 """QEMU's answers as files: tests/vectors/qemu/UNIT-NN.json.gz.
 
-A file has the unit's name, the parameters that ours is built with, and [case, answers] pairs. They are
-recorded with `python -m tests.qemu.judged UNIT CASES`, which needs QEMU (tests/qemu/qtest.py says how it is found).
+A file has the unit's name, the parameters that ours is built with, and [case, answers] pairs. They are recorded with
+`python -m tests.qemu.judged UNIT CASES [FIRST]`, which needs QEMU (tests/qemu/qtest.py says how it is found).
 """
 
 from __future__ import annotations

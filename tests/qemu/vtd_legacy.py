@@ -226,7 +226,8 @@ def _new_context(
     elif luck < 0.6:
         context = descriptors.context_cache(did, 0, 0, descriptors.DOMAIN)
     else:
-        context = descriptors.context_cache(did, rid, random.randrange(4), descriptors.SELECTIVE)
+        source = rid ^ random.choice((0, 0, 0, 1, 2, 4, 6, 8))
+        context = descriptors.context_cache(did, source, random.randrange(4), descriptors.SELECTIVE)
     steps.append(["i", *context, *descriptors.iotlb(did, 0, 0, descriptors.DOMAIN)])
     steps.append(write(rid, iova, every))
     return steps
