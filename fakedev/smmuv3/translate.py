@@ -9,6 +9,8 @@ Its size is that of the smaller leaf of the two stages. Beside the rights of bot
 (a TLBI of any address in a block removes all that the block was cut into). What a stage 2 makes of the addresses of CDs
 and of stage 1 tables is cached as any stage 2 translation.
 
+UNVERIFIED: a write that stage 1 allows and stage 2 refuses leaves the stage 1 leaf dirty: its flags are updated first.
+
 Left out: ASET (nothing broadcasts), caching of table pointers, speculative fetches.
 """
 
