@@ -15,9 +15,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Protocol
 
-from fakedev.dma import MSI_END, MSI_START, READ, WRITE, DmaAbort, DmaPort, IommuHardware, Run, TranslationFault
+from fakedev.dma import (
+    MSI_END,
+    MSI_START,
+    READ,
+    WRITE,
+    DmaAbort,
+    DmaPort,
+    IommuHardware,
+    Outcome,
+    Parked,
+    Run,
+    TranslationFault,
+)
 from fakedev.memory import BusAbort, PhysicalMemory
 from fakedev.tlp import AtsEndpoint, Invalidation, PageResponse
 
@@ -158,10 +171,18 @@ class MsiCapability:
         """Send the interrupt, if MSI is on and the function may master the bus."""
         if self.enabled:
             data = self.data & ~(self.enabled_vectors - 1) | vector
-            try:
-                self._function.dma.write(self.address, data.to_bytes(4, "little"))
-            except DmaAbort:
-                pass  # a posted write: the function never hears of it
+            self._send(self.address, data.to_bytes(4, "little"))
+
+    def _send(self, address: int, data: bytes, outcome: Outcome = Outcome.RETRY) -> None:
+        """A posted write: the function never hears what becomes of it. Where the IOMMU stalls it, it goes later."""
+        if outcome != Outcome.RETRY:
+            return
+        try:
+            self._function.dma.write(address, data)
+        except DmaAbort:
+            pass
+        except Parked as parked:
+            parked.then(partial(self._send, address, data))
 
 
 class AcsRegisters(Protocol):
