@@ -4,10 +4,11 @@ what may be stale."""
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fakedev.dma import NO_PASID, PRIVILEGED, READ, WRITE, TranslationFault
+from fakedev.dma import NO_PASID, PRIVILEGED, READ, WRITE, DmaAbort, TranslationFault
+from fakedev.tlp import PageRequest
 from fakedev.vtd import descriptors as qi
-from fakedev.vtd import entries
-from tests.fakedev.vtd.rig import DID, FIRST, PASID, PASIDS, RID, SECOND, Rig
+from fakedev.vtd import entries, regs
+from tests.fakedev.vtd.rig import DID, DIRECTORY, FIRST, PASID, PASIDS, QUEUE, RID, ROOT, SECOND, Rig
 
 F, S, N = entries.PGTT_FIRST, entries.PGTT_SECOND, entries.PGTT_NESTED
 PAGES = 8
@@ -193,4 +194,68 @@ def test_no_pasid_entry_breaks_the_unit(words, keep, address, access):
     except TranslationFault:
         assert rig.record()["reason"] in {0x5A, 0x5B, 0x59, 0x71, 0x70, 0x72, 0x73, 0x74, 0x80} | set(range(0x75, 0x88))
         assert rig.record()["sid"] == RID
+    rig.close()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    mode=st.integers(0, 3),
+    width=st.sampled_from([0, regs.IQA_DW]),
+    queue=st.lists(
+        st.tuples(st.integers(0, 15), st.integers(0, (1 << 64) - 1), st.integers(0, (1 << 64) - 1), st.integers(0, 3)),
+        min_size=1,
+        max_size=20,
+    ),
+)
+def test_any_queue_ends_at_its_tail_or_with_an_error(mode, width, queue):
+    rig = Rig(mode=mode)
+    rig.tables(S)
+    rig.start()
+    rig.set(regs.IQA, QUEUE | width, 8)
+    step = 32 if width else 16
+    for n, (kind, low, high, keep) in enumerate(queue):
+        # Half of them nearly right: few bits beside the type.
+        low, high = (low & 0x3F_FFFF_0030, high & -4096) if keep else (low, high)
+        rig.words(QUEUE + step * n, (low & ~0xE0F | kind, high & (1 << 64) - 1, 0, 0)[: step // 8])
+    rig.set(regs.IQT, step * len(queue))
+    stopped = rig.reg(regs.FSTS) & (regs.FSTS_IQE | regs.FSTS_ITE)
+    assert bool(stopped) == (rig.reg(regs.IQH, 8) != rig.reg(regs.IQT, 8))
+    if stopped == regs.FSTS_IQE:
+        # 0: the status of a wait descriptor has no place, which the manual leaves open.
+        assert rig.reg(regs.IQERCD, 8) & 0xF in range(8)
+    rig.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    junk=st.lists(st.tuples(st.integers(0, 8 * 4096 // 8 - 1), st.integers(0, (1 << 64) - 1)), max_size=60),
+    mode=st.sampled_from([0, 1]),
+    requests=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 1 << 60), st.sampled_from([NO_PASID, PASID, 0, 0xFFFFF])),
+        min_size=1,
+        max_size=10,
+    ),
+)
+def test_no_tables_break_the_unit(junk, mode, requests):
+    """Words strewn over the tables: each kind of request is answered or aborted."""
+    rig = Rig(mode=mode)
+    rig.tables(N)
+    rig.map_guest()
+    rig.map_first(0x3000, 0x4000)
+    for where, value in junk:
+        rig.word((ROOT, DIRECTORY, FIRST[0], SECOND[0])[where % 4] + where // 4 * 8, value)
+    rig.start()
+    for kind, address, pasid in requests:
+        try:
+            if kind == 0:
+                rig.dma.read(address, 4, pasid=pasid)
+            elif kind == 1:
+                rig.dma.request_translation(address & -4096, READ | WRITE, pasid)
+            elif kind == 2:
+                rig.dma.read_translated(address, 4, pasid)
+            else:
+                rig.dma.send_page_request(PageRequest(RID, pasid, address & -4096, READ, 1, True))
+        except DmaAbort:
+            pass
+        rig.unit.explain(RID, address, pasid)
     rig.close()
