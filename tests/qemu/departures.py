@@ -107,6 +107,12 @@ DEPARTURES = [
         "FPD of a PASID directory or table entry keeps an invalid entry from being recorded",
         "records it",
     ),
+    Departure(
+        "vtd",
+        "6.2.3",
+        "PASID-table entries may be cached until the PASID cache is invalidated",
+        "reads them again, but notices P = 0 only along with the context entry; so both caches go together",
+    ),
     Departure("vtd", "7.1.3 SPT.3", "reserved bits in a present PASID-table entry are fault 5Ah", "ignores them"),
     Departure(
         "vtd",

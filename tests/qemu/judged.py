@@ -81,6 +81,14 @@ UNITS = {
             _our_vtd,
         ),
         Judged(
+            "vtd-change",
+            "vtd",
+            "x86_64",
+            vtd_scalable.change,
+            _vtd(",scalable-mode=on", scalable=True),
+            _our_vtd,
+        ),
+        Judged(
             "vtd-first",
             "vtd",
             "x86_64",

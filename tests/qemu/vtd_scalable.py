@@ -222,3 +222,42 @@ def cases(pgtt: int) -> Callable[[int], Case]:
         return (wild if random.random() < 0.65 else stale)(random, pgtt)
 
     return case
+
+
+def change(seed: int) -> Case:
+    """A good second-stage translation; then its context, directory or PASID entry changes and is invalidated.
+
+    Before the invalidation the old way is in the IOTLB; after all that the manual asks for (table 28) it is gone.
+    """
+    random = Random(seed)
+    rid, did, aw = random.choice(RIDS), random.randrange(1, 200), random.choice((1, 2))
+    other_directory, other_table = 0x10_C000, 0x10_D000
+    case = store(ROOT, entries.scalable_root_entry(CONTEXTS, None))
+    case += store(CONTEXTS + 32 * rid, entries.scalable_context_entry(DIRECTORY, 0))
+    case += store(DIRECTORY, (entries.directory_entry(PASIDS),))
+    case += store(PASIDS, entries.pasid_entry(SECOND, did, second=TABLES[0], aw=aw))
+    iova = _iova(random, SECOND, aw + 2, good=True)
+    old = second_path(random, iova, aw + 2, True)
+    new = [(where, item & ~(1 << 11)) for where, item in path(random, iova, aw + 2, TABLES[4:], True)]
+    case += [["w", where, item] for where, item in (*old, *new)]
+    step = write(rid, iova, [*old, *new])
+    case.append(step)
+    case += store(other_table, entries.pasid_entry(SECOND, did, second=TABLES[4], aw=aw))
+    what, gone = random.randrange(3), random.random() < 0.3
+    if what == 0:
+        table, word = (TABLES[0] if gone else TABLES[4]), entries.pasid_entry(SECOND, did, aw=aw)[0]
+        case += [["w", PASIDS, table | word & ~gone]]
+    elif what == 1:
+        case += [["w", DIRECTORY, 0 if gone else entries.directory_entry(other_table)]]
+    else:
+        case += store(other_directory, (entries.directory_entry(other_table),))
+        case += [["w", CONTEXTS + 32 * rid, 0 if gone else other_directory | 1]]
+    case.append(step)
+    granularity = random.choice((descriptors.GLOBAL, descriptors.SELECTIVE))
+    pasid = random.choice((descriptors.PC_DOMAIN, descriptors.PC_PASID, descriptors.PC_GLOBAL))
+    commands = [
+        *descriptors.context_cache(0, rid, 0, granularity),
+        *descriptors.pasid_cache(did, 0, pasid),
+        *descriptors.iotlb(did, 0, 0, random.choice((descriptors.GLOBAL, descriptors.DOMAIN))),
+    ]
+    return [*case, ["i", *commands], step]
