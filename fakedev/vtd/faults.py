@@ -301,8 +301,5 @@ class FaultRecorder:
             self._event.withdraw()
 
     def restart(self) -> None:
-        """Address and interrupt translation are off: the next record is the first (7.2.1)."""
-        self._next = 0
-
-    def reset(self) -> None:
+        """Power-on, or address and interrupt translation are off: the next record is the first (7.2.1)."""
         self._next = 0

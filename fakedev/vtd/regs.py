@@ -7,9 +7,7 @@ commands, which no capability offers.
 
 from __future__ import annotations
 
-from fakedev.vtd.features import Capabilities
-
-__all__ = ["Capabilities"]  # and every constant below
+from fakedev.vtd.features import Capabilities as Capabilities  # the registers' contents, for whoever reads them
 
 VER, CAP, ECAP, GCMD, GSTS, RTADDR, CCMD = 0x00, 0x08, 0x10, 0x18, 0x1C, 0x20, 0x28
 FSTS, FECTL, FEDATA, FEADDR, FEUADDR = 0x34, 0x38, 0x3C, 0x40, 0x44

@@ -176,7 +176,7 @@ class VtdUnit:
     def reset(self) -> None:
         """Power-on: registers, caches, translation off."""
         self.registers.reset()
-        self.recorder.reset()
+        self.recorder.restart()
         self._queue.forget()
         self._state = _OFF
         self.mode = regs.TTM_LEGACY
