@@ -79,10 +79,14 @@ class DeviceTlb:
         self._tags.setdefault((pasid, privileged), {}).setdefault(found.length, {})[found.start] = found
 
     def invalidate(self, request: Invalidation) -> None:
-        """Forget every translation that reaches into the range."""
+        """Forget every translation that reaches into the range.
+
+        Without a PASID in the request those of all PASIDs go, too, as Linux's SMMUv3 driver counts on.
+        """
         end = request.start + request.length
+        everyone = request.every_pasid or request.pasid == NO_PASID
         for (pasid, _), sizes in self._tags.items():
-            if request.every_pasid or pasid == request.pasid:
+            if everyone or pasid == request.pasid:
                 for length, pages in sizes.items():
                     for start in [start for start in pages if start < end and start + length > request.start]:
                         del pages[start]

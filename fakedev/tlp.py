@@ -44,8 +44,8 @@ class Invalidation(NamedTuple):
     """An invalidation request: the function forgets translations of [start, start + length).
 
     `length` is a power of two of at least 4096 and `start` is aligned to it; 1 << 64 is everything. `pasid` limits it
-    to one PASID's translations (and those of requests without one are NO_PASID's); `every_pasid` is the global
-    invalidate bit.
+    to one PASID's translations; NO_PASID, a request without the prefix, is for all of them, with and without a PASID;
+    so is `every_pasid`, the global invalidate bit.
     """
 
     pasid: int

@@ -127,12 +127,12 @@ def test_an_invalidation_inside_a_large_page_takes_all_of_it(bench):
     assert len(tlb) == 0
 
 
-@pytest.mark.parametrize(("everyone", "left"), [(False, 2), (True, 0)])
-def test_an_invalidation_is_of_one_pasid_or_global(bench, everyone, left):
+@pytest.mark.parametrize(("named", "everyone", "left"), [(3, False, 2), (3, True, 0), (NO_PASID, False, 0)])
+def test_an_invalidation_is_of_one_pasid_or_of_all(bench, named, everyone, left):
     tlb = bench.device.port.tlb
     for pasid in (NO_PASID, 3, 4):
         tlb.insert(pasid, 0, Translation(IOVA, 4096, PA, READ))
-    tlb.invalidate(Invalidation(3, 0, 1 << 64, everyone))
+    tlb.invalidate(Invalidation(named, 0, 1 << 64, everyone))
     assert len(tlb) == left
 
 
