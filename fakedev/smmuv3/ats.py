@@ -83,7 +83,7 @@ class Ats:
             if stream.bypass or (split and stream.cd is None):
                 return Translation(page, 4096, page, READ | WRITE | access & EXECUTE)
             run = translate(stream, address, 1, access & PRIVILEGED)  # needs no right: whatever there is
-            if access & WRITE and run[3] & AGAIN:
+            if access & WRITE and run[3] & AGAIN:  # the write that may come makes the page dirty now
                 run = translate(stream, address, 1, access & (WRITE | PRIVILEGED))
         except Refused as refused:
             if refused.number not in events.TRANSLATION_RELATED:

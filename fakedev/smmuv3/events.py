@@ -103,7 +103,7 @@ class Event:
             low |= EVT_0_SSID.put(self.ssid) | EVT_0_SSV
         second = address = last = 0
         if number in _WITH_ATTRIBUTES:
-            second = EVT_1_RNW * self.rnw | EVT_1_PNU * self.pnu | EVT_1_IND * (self.ind and self.rnw)
+            second = EVT_1_RNW * self.rnw | EVT_1_PNU * self.pnu | EVT_1_IND * self.ind
             second |= EVT_1_S2 * self.s2 | EVT_1_CLASS.put(self.klass)
             address = self.address
             if number == F_PERMISSION and self.klass == CLASS_TT:

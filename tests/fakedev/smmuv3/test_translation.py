@@ -491,6 +491,15 @@ def test_nested_entry_is_as_large_as_the_smaller_leaf(both):
     assert both.unit.tlb.lookup(9 << 20 | 5, VA)[:2] == (VA, VA + 0x1000)
 
 
+def test_stage_1_block_over_scattered_stage_2_pages(both):
+    both.map(0x20_0000, 0x4000_0000, level=1)
+    for n in range(4):
+        both.map2(0x4000_0000 + 0x1000 * n, PAGE + 0x5000 * n)
+        both.memory.write(PAGE + 0x5000 * n, bytes([n]))
+    assert [both.dma.read(0x20_0000 + 0x1000 * n, 1)[0] for n in range(4)] == [0, 1, 2, 3]
+    assert both.fault(0x20_4000)["last"] == 0x4000_4000
+
+
 def test_stage_1_fault_of_a_nested_translation(both):
     assert fields(both.fault(VA), "id", "s2", "class", "last") == (events.F_TRANSLATION, 0, IN, 0)
 
