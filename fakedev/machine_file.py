@@ -105,8 +105,9 @@ def load(path: str | Path) -> Machine:
     arguments = where.get(table, "kernel_arguments", str, "")
     # Everything is looked at before memory is taken.
     plan = _Plan(where, table)
+    size = _ram(where, table.get("ram", "2 GiB"))
     try:
-        memory = PhysicalMemory(_ram(where, table.get("ram", "2 GiB")))
+        memory = PhysicalMemory(size)
     except ValueError as error:
         raise where.error(f"'ram': {error}") from error
     box = Machine(name, memory, arguments)

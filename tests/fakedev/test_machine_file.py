@@ -153,7 +153,7 @@ def test_nonsense_is_one_sentence_that_names_the_file(written, text, sentence):
         written(text)
     message = str(caught.value)
     assert sentence in message
-    assert "lab.toml: " in message
+    assert message.count("lab.toml: ") == 1
     assert "\n" not in message
 
 
