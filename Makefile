@@ -53,6 +53,8 @@ coverage: $(VENV)/test.stamp
 soak: $(VENV)/test.stamp
 	IOMMULAB_SOAK=1 $(BIN)/python -m pytest -n auto $(ARGS)
 	$(BIN)/python -m pytest -m soak $(ARGS)
+	$(BIN)/iommulab conformance --fail-nth --machine mock --report report/fail-nth-mock
+	$(BIN)/iommulab conformance --fail-nth --report report/fail-nth --total-time 7200
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -149,6 +149,8 @@ def _unfit(config: pytest.Config, item: pytest.Item, backend: Backend) -> str | 
                 return f"{'needs' if wanted == 'has' else 'older than'} Linux {row.since}"
     offers = config.stash[_OFFERS]
     things = [thing for marker in item.iter_markers("needs") for thing in marker.args]
+    if "fail_nth" in things and config.getoption("fail_nth") is not None:
+        return "it makes failures of its own"
     # A test that asks for the fixture of /dev/iommu need not say that it needs one.
     things += ["iommu"] if "iommu" in getattr(item, "fixturenames", ()) else []
     for thing in things:

@@ -70,6 +70,8 @@ LEFT = {
     ),
 }
 
+_ANY_LEFT = tuple(site for sites in LEFT.values() for site in sites)
+
 #: How many calls of one kind are swept in one test, and from where on failures are skipped between.
 _CALLS, _DENSE = 12, 40
 #: Where the calls that map have the IOAS, the length and the IOVA.
@@ -98,8 +100,11 @@ class ModelInjector:
 
     def __call__(self, nth: int, name: str, call: Callable[[], Any]) -> tuple[Any, OSError | None, str | None]:
         # A bare address may lead to memory that only the answer cannot be written to.
-        more = {} if name in KEEPS or name.endswith(" at") else {"kinds": self._backend.faults.attributes}
-        with self._backend.fail_nth(nth, spare=(*TURNED, *LEFT.get(name, ())), **more) as injection:
+        at = name.endswith(" at")
+        more = {} if name in KEEPS or at else {"kinds": self._backend.faults.attributes}
+        with self._backend.fail_nth(
+            nth, spare=(*TURNED, *LEFT.get(name, _ANY_LEFT if at else ())), **more
+        ) as injection:
             result, error = _try(call)
         return result, error, injection.site if injection.injected else None
 
@@ -178,16 +183,19 @@ class FailNth:
 
     def ioctl(self, file: File, request: int, arg: Argument) -> int:
         name = _name(file, request, arg)
-        if not self._model and name in KEEPS and name not in _PLACES:
-            return file.ioctl(request, arg)
         block = None if isinstance(arg, int) else memoryview(arg).cast("B")
+        if not self._model and name in KEEPS and not _can_be_taken_back(name, block):
+            return file.ioctl(request, arg)
+        of_pasid = block is not None and bytes(block[4:5]) == b"\1"
         if name.startswith(_ATTACH):
-            if block is not None and bytes(block[4:5]) == b"\1":
+            if of_pasid:
                 name = f"{_ATTACH} of a PASID"
             elif file.fileno() in self._attached:
                 name = f"{_ATTACH} again"
         result: int = self.sweep(name, lambda: file.ioctl(request, arg), block, file)
-        if name.startswith(_ATTACH):
+        if of_pasid:
+            pass
+        elif name.startswith(_ATTACH):
             self._attached.add(file.fileno())
         elif name in ("VFIO_DEVICE_DETACH_IOMMUFD_PT", "VFIO_DEVICE_BIND_IOMMUFD"):
             self._attached.discard(file.fileno())
@@ -231,10 +239,17 @@ class FailNth:
         return found[:8]
 
 
+def _can_be_taken_back(name: str, block: memoryview | None) -> bool:
+    """Whether it maps, and the caller says where."""
+    return (
+        name in _PLACES and block is not None and bool(int.from_bytes(block[4:8], "little") & IOMMU_IOAS_MAP_FIXED_IOVA)
+    )
+
+
 def _take_map_back(file: File, name: str, block: bytes) -> None:
-    """A map whose answer could not be copied has happened: undo it, where the caller chose its place."""
+    """A map whose answer could not be copied has happened: undo it."""
     place = _PLACES.get(name)
-    if place is None or not int.from_bytes(block[4:8], "little") & IOMMU_IOAS_MAP_FIXED_IOVA:
+    if place is None:
         return
     ioas, length, iova = (int.from_bytes(block[at:end], "little") for at, end in place)
     try:

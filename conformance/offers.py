@@ -6,6 +6,7 @@ A probe takes a backend and returns None, or in one clause what is missing.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import re
 from collections.abc import Callable
@@ -157,8 +158,24 @@ def _memfd(backend: Backend) -> str | None:
     return None
 
 
+def _hugetlb_memfd(backend: Backend) -> str | None:
+    try:
+        fd = os.memfd_create("iommulab-probe", os.MFD_HUGETLB)
+    except OSError:
+        return "no memfd_create with MFD_HUGETLB"
+    try:
+        os.ftruncate(fd, 3 * HUGE_PAGE)
+        mmap.mmap(fd, 3 * HUGE_PAGE).close()
+    except OSError:
+        return "no three free huge pages of 2 MiB on this host"
+    finally:
+        os.close(fd)
+    return None
+
+
 #: What a probe says where a released kernel has a fault that the model has on request only: no difference between them.
 KNOWN_FAULTS = {"dmabuf_fd": "DMABUF_GET returns 0 instead of the descriptor, as in 7.3"}
+
 
 def _fail_nth(backend: Backend) -> str | None:
     try:
@@ -180,6 +197,7 @@ PROBES: dict[str, Callable[[Backend], str | None]] = {
     "noiommu": _noiommu,
     "huge_pages": _huge_pages,
     "memfd": _memfd,
+    "hugetlb_memfd": _hugetlb_memfd,
     "fail_nth": _fail_nth,
 }
 

@@ -40,11 +40,13 @@ from conformance.steps import (
     ioas_alloc,
     map_user,
     option_set,
+    place,
     unmap,
 )
 from uapi import iommufd_test as abi
 from uapi.backend import Backend, Buffer, File
 from uapi.iommufd import (
+    IOMMU_HWPT_ALLOC_NEST_PARENT,
     IOMMU_HWPT_ALLOC_PASID,
     IOMMU_HWPT_DIRTY_TRACKING_ENABLE,
     IOMMU_HWPT_GET_DIRTY_BITMAP,
@@ -114,6 +116,23 @@ def test_set_dirty_tracking_of_what_is_no_paging_hwpt_is_enoent(iommu: File, wor
     for number in (world.ioas, world.stdev, world.idev):
         with fails(errno.ENOENT):
             set_tracking(iommu, number)
+
+
+@pytest.mark.since("6.8")
+def test_parent_of_a_nested_hwpt_is_tracked_and_the_nested_one_is_not(iommu: File, world: World) -> None:
+    parent = tracked_hwpt(iommu, world.idev, world.ioas, flags=IOMMU_HWPT_ALLOC_NEST_PARENT)
+    data = {"data_type": abi.IOMMU_HWPT_DATA_SELFTEST, "data_len": 4, "data_uptr": place(bytes(4))}
+    nested = hwpt_alloc(iommu, world.idev, parent, **data)
+    mock_replace(iommu, world.stdev, nested)
+    with fails(errno.ENOENT):
+        set_tracking(iommu, nested)
+    with fails(errno.ENOENT):
+        get_dirty(iommu, nested, IOVA, LENGTH)
+    with fails(errno.ENOENT):
+        make_dirty(iommu, nested, IOVA, ODD, COUNT)
+    make_dirty(iommu, parent, IOVA, ODD, COUNT)
+    assert get_dirty(iommu, parent, IOVA, LENGTH) == ODD
+    set_tracking(iommu, parent, False)
 
 
 @pytest.mark.parametrize("on", [True, False])

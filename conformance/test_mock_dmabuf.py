@@ -4,6 +4,7 @@ Mirrors the dma-buf half of pages.c and iommufd_test_dmabuf_*() of selftest.c in
 device can reach the memory of such a buffer, so the tests of what is mapped copy with `edu`.
 
 A 7.3 as released returns 0 instead of the descriptor: `needs("dmabuf_fd")`.
+One long file: everything shares the fixtures below, and most tests are of a few lines.
 """
 
 from __future__ import annotations

@@ -234,6 +234,7 @@ def test_seals_do_not_matter(kernel: Backend, iommu: File, ioas: int, hwpt: int,
 
 
 @pytest.mark.needs("huge_pages")
+@pytest.mark.needs("hugetlb_memfd")
 @pytest.mark.parametrize(("start", "length"), [(0, 2 * MiB), (PAGE, PAGE), (2 * MiB - PAGE, 2 * PAGE), (0, 4 * MiB)])
 def test_hugetlb_memfd(iommu: File, ioas: int, hwpt: int, start: int, length: int) -> None:
     fd = os.memfd_create("huge", os.MFD_CLOEXEC | os.MFD_HUGETLB)

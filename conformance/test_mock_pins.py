@@ -265,6 +265,7 @@ def test_container_may_map_for_neither_reading_nor_writing_only_without_a_domain
 
 
 @pytest.mark.since("6.6")
+@pytest.mark.since("6.7")
 def test_hwpt_in_use_cannot_be_destroyed_until_another_replaces_it(iommu: File, ioas: int) -> None:
     device = mock_domain(iommu, ioas)
     made = [hwpt_alloc(iommu, device.idev, ioas, flags) for flags in (0, IOMMU_HWPT_ALLOC_NEST_PARENT)]

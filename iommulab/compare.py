@@ -106,11 +106,11 @@ def differ(left: Test, right: Test, releases: tuple[str, str]) -> tuple[str, str
     if left.verdict == "skipped":
         return None
     ours, theirs = _comparable(left.calls), _comparable(right.calls)
-    for number in range(max(len(ours), len(theirs))):
-        one = ours[number] if number < len(ours) else None
-        other = theirs[number] if number < len(theirs) else None
+    for place in range(max(len(ours), len(theirs))):
+        one = ours[place] if place < len(ours) else None
+        other = theirs[place] if place < len(theirs) else None
         if one is None or other is None or _outcome(one) != _outcome(other):
-            return _numbered(number, one), _numbered(number, other)
+            return _numbered(place, one), _numbered(place, other)
     for key in sorted({*left.notes, *right.notes}):
         values = left.notes.get(key), right.notes.get(key)
         if values[0] != values[1]:

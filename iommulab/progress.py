@@ -1,8 +1,9 @@
-"""What a person sees while the suite runs: a live line on a terminal, a plain line now and then elsewhere."""
+"""What a person sees while a long command runs: a live line on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
 import time
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -13,17 +14,14 @@ from iommulab.results import Test, area_of
 PLAIN_EVERY = 10.0
 
 
-class SuiteProgress:
-    """Context manager; tell it what happens."""
+class Meter:
+    """Context manager: how far something is. `total` may be told later."""
 
-    def __init__(self, console: Console, title: str) -> None:
+    def __init__(self, console: Console, title: str, total: int | None = None) -> None:
         self._console = console
         self._title = title
-        self._total = 0
-        self._done = 0
-        self._failed = 0
-        self._started = time.monotonic()
-        self._said = self._started
+        self._total = total
+        self._started = self._said = time.monotonic()
         self._live = (
             Progress(
                 TextColumn("{task.description}"),
@@ -37,9 +35,9 @@ class SuiteProgress:
             if console.is_terminal
             else None
         )
-        self._task = self._live.add_task(title, total=None, what="") if self._live is not None else None
+        self._task = self._live.add_task(title, total=total, what="") if self._live is not None else None
 
-    def __enter__(self) -> SuiteProgress:
+    def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()
         return self
@@ -59,11 +57,26 @@ class SuiteProgress:
         else:
             self.say(f"{self._title}: {text}")
 
+    def reached(self, done: int, what: str, details: str) -> None:
+        """`done` of the total: `what` beside the bar; `details` with the time where there is no terminal."""
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=done, total=self._total, what=what)
+        elif time.monotonic() - self._said >= PLAIN_EVERY and (self._total is None or done < self._total):
+            self._said = time.monotonic()
+            self.say(f"{self._title}: {done} of {self._total}, {details}, {self._said - self._started:.0f} s")
+
+
+class SuiteProgress(Meter):
+    """How far a run of the suite is; tell it what happens."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        super().__init__(console, title)
+        self._done = 0
+        self._failed = 0
+
     def total(self, count: int) -> None:
         self._total = count
-        if self._live is not None and self._task is not None:
-            self._live.update(self._task, total=count, what="")
-        else:
+        if self._live is None:
             self.say(f"{self._title}: {count} tests")
 
     def finished(self, test: Test) -> None:
@@ -71,11 +84,5 @@ class SuiteProgress:
         self._failed += test.verdict == "failed"
         if test.verdict == "failed":
             self.say(f"FAILED {test.id}: {test.reason}")
-        if self._live is not None and self._task is not None:
-            self._live.update(self._task, completed=self._done, what=area_of(test.id))
-        elif time.monotonic() - self._said >= PLAIN_EVERY and self._done < self._total:
-            self._said = time.monotonic()
-            self.say(
-                f"{self._title}: {self._done} of {self._total}, {self._failed} failed, "
-                f"{self._said - self._started:.0f} s, at {area_of(test.id)}"
-            )
+        area = area_of(test.id)
+        self.reached(self._done, area, f"{self._failed} failed, at {area}")

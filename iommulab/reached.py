@@ -6,11 +6,11 @@ starts the measurement, so that nothing of the model is imported before.
 
 from __future__ import annotations
 
-import atexit
 import os
 from pathlib import Path
 
 import coverage
+import pytest
 
 _FOLDER = Path(os.environ["IOMMULAB_REACHED"])
 _MODEL = Path(__file__).resolve().parent.parent / "kernel_model"
@@ -25,7 +25,8 @@ _coverage = coverage.Coverage(
 _coverage.start()
 
 
-@atexit.register
-def _save() -> None:
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """A worker that has told its end is killed soon after: what it ran is saved before."""
     _coverage.stop()
     _coverage.save()

@@ -134,7 +134,9 @@ def digest(kernel: Kernel) -> list[Fact]:
     walk.facts.append((-1, "Kernel", "devices", walk.value(kernel.devices)))
     walk.facts.append((-1, "Kernel", "mock", walk.value(kernel.mock_iommu)))
     walk.facts.append((-1, "Kernel", "mms", walk.value([process.mm for process in kernel.processes()])))
-    walk.facts.append((-1, "Kernel", "users", walk.value(kernel.users())))
+    walk.facts.append(
+        (-1, "Kernel", "users", tuple(sorted((one.uid, one.locked_vm) for one in kernel.users() if one.locked_vm)))
+    )
     walk.facts.append((-1, "Kernel", "work", len(kernel.queue)))
     walk.run()
     return walk.facts

@@ -312,7 +312,8 @@ TABLE: tuple[Behaviour, ...] = (
         "6.19",
         "mock domains have a table with leaves of every power of two from 2 KiB, or HUGE ones of 4 KiB and 1 MiB, by "
         "the data of HWPT_ALLOC",
-        "leaves of 2 KiB (and 1 MiB for a device with the flag HUGE_IOVA); HWPT_ALLOC of a paging HWPT takes no data",
+        "leaves of 2 KiB (and 1 MiB for a device with the flag HUGE_IOVA); HWPT_ALLOC of a paging HWPT takes no "
+        "data; a failure that is injected into a map is ENOENT (not modelled)",
         RUN,
         between=_AFTER_612,
         test="conformance/test_versions.py::test_paging_mock_hwpt_takes_no_data",

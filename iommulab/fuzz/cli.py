@@ -9,22 +9,19 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from iommulab.errors import UserError
-from iommulab.fuzz.compare import Difference, differences, outcome
-from iommulab.fuzz.executor import Answer, digest
+from iommulab.fuzz.compare import outcome
 from iommulab.fuzz.generator import generate
+from iommulab.fuzz.hunt import Finding, Hunt, HuntProgress, Run, check
 from iommulab.fuzz.model import Broken, ModelSide
-from iommulab.fuzz.program import Compiled, Program, compile_program
+from iommulab.fuzz.program import compile_program
 from iommulab.fuzz.render import as_python
 from iommulab.fuzz.shrink import shrink
-from iommulab.fuzz.target import Died, Frame, Target
+from iommulab.fuzz.target import Target
 from iommulab.fuzz.vectors import Vectors, chunks, load
 from iommulab.guest import Guest
 from iommulab.kernel_images import find_image
@@ -35,8 +32,8 @@ from uapi.version import NEWEST, parse
 
 #: Answers of a real kernel that come with the project.
 RECORDED = SUITE.parent / "tests" / "vectors"
-#: Seconds between two plain lines where there is no terminal.
-PLAIN_EVERY = 10.0
+#: What --against vm boots on. Mock drivers of older releases have no devices where the machine has an IOMMU.
+MACHINE = "q35-noiommu"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -91,73 +88,6 @@ def _seed(text: str) -> int:
     return number
 
 
-@dataclass(slots=True)
-class Finding:
-    """A program whose answers differ, or that broke the model or the kernel."""
-
-    number: int
-    program: Program
-    differences: list[Difference]
-    signature: str
-
-
-@dataclass(slots=True)
-class Run:
-    """What a run found."""
-
-    done: int = 0
-    same: int = 0
-    findings: list[Finding] = field(default_factory=list)
-    #: Calls by name and whether the real kernel let them succeed; programs that were the same count.
-    calls: Counter[tuple[str, bool]] = field(default_factory=Counter)
-
-
-class Meter:
-    """How far a run is: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, console: Console, total: int, title: str) -> None:
-        self._console = console
-        self._total = total
-        self._title = title
-        self._began = self._said = time.monotonic()
-        self._live = (
-            Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[what]}"),
-                console=console,
-                transient=True,
-            )
-            if console.is_terminal
-            else None
-        )
-        self._task = self._live.add_task(title, total=total, what="starting") if self._live is not None else None
-
-    def __enter__(self) -> Meter:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def update(self, run: Run) -> None:
-        """Show where the run is."""
-        different = len(run.findings)
-        if self._live is not None and self._task is not None:
-            self._live.update(self._task, completed=run.done, what=f"{different} differ" if different else "")
-        elif time.monotonic() - self._said >= PLAIN_EVERY:
-            self._said = time.monotonic()
-            self._console.print(
-                f"{self._title}: {run.done} of {self._total}, {different} differ, {self._said - self._began:.0f} s",
-                markup=False,
-                highlight=False,
-            )
-
-
 def run(args: argparse.Namespace) -> int:
     """0 where all answers are the same, 1 where some are not."""
     console = make_console()
@@ -174,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         guest = None
         if args.against == "vm":
             image = find_image(args.kernel_image, args.kernel)
-            guest = Guest(image, "q35-vtd-legacy", directory)
+            guest = Guest(image, MACHINE, directory)
             problem = guest.probe_kvm()
             if problem is not None:
                 console.print(f"vm: KVM is not used: {problem}; emulating (TCG)", markup=False, highlight=False)
@@ -193,96 +123,6 @@ def model_release(release: str) -> str:
     return text if parse(text).series <= parse(NEWEST).series else NEWEST
 
 
-class Hunt:
-    """Programs of one seed on the model and on a target."""
-
-    def __init__(self, console: Console, args: argparse.Namespace, target: Target, model: ModelSide, seed: int) -> None:
-        self.console = console
-        self.target = target
-        self.model = model
-        self.seed = seed
-        self.calls: int = args.calls
-        self.dmabuf: bool = args.dmabuf
-        self.limit = time.monotonic() + args.time
-        self.recording = args.record is not None
-        #: Programs that were not run, as a real kernel would warn of itself.
-        self.excused = 0
-        self.kept: list[tuple[int, Program, Answer]] = []
-        self._pending: dict[int, tuple[Program, Compiled, Answer | Broken]] = {}
-
-    def frames(self, numbers: Iterator[int]) -> Iterator[Frame]:
-        """Generate, run on the model, compile for the target."""
-        for number in numbers:
-            if time.monotonic() > self.limit:
-                return
-            program = generate(self.seed, number, self.calls, self.dmabuf)
-            frame = self.frame(number, program)
-            ours = self._pending[number][2]
-            if isinstance(ours, Broken) and ours.excused:
-                del self._pending[number]
-                self.excused += 1
-            else:
-                yield frame
-
-    def frame(self, number: int, program: Program) -> Frame:
-        compiled = compile_program(program)
-        answer = self.model.run(program, compiled)
-        self._pending[number] = (program, compiled, answer)
-        expected = b"" if isinstance(answer, Broken) or self.recording else digest(answer)
-        return Frame(number, expected, compiled.image, compiled.steps, program.main_first)
-
-    def run(self, numbers: range, meter: Meter) -> Run:
-        """All these programs."""
-        found = Run()
-        for frame, answer in self.target.ask(self.frames(iter(numbers))):
-            program, compiled, ours = self._pending.pop(frame.number)
-            found.done += 1
-            told = self.judge(program, compiled, answer, ours)
-            if told:
-                found.findings.append(Finding(frame.number, program, told, signature(program, told)))
-            else:
-                found.same += 1
-            if not isinstance(answer, bytes | Died) and self.recording:
-                self.kept.append((frame.number, program, answer))
-            theirs = ours if isinstance(answer, bytes) else answer
-            if not isinstance(theirs, Died | Broken):
-                found.calls.update(
-                    (call.name, result >= 0) for call, result in zip(program.calls, theirs[0], strict=True)
-                )
-            meter.update(found)
-        return found
-
-    def judge(
-        self, program: Program, compiled: Compiled, answer: Answer | bytes | Died, ours: Answer | Broken
-    ) -> list[Difference]:
-        """What differs; nothing where the digest came back."""
-        if isinstance(answer, Died):
-            said = ours.error if isinstance(ours, Broken) else "answers"
-            return [Difference(-1, "the kernel", answer.why, said)]
-        if isinstance(ours, Broken):
-            return [] if ours.excused else [Difference(-1, "the model", "answers", ours.error)]
-        if isinstance(answer, bytes):
-            return []
-        return differences(program, compiled, answer, ours)
-
-    def ask(self, program: Program) -> list[Difference]:
-        """One program, now."""
-        for frame, answer in self.target.ask(iter([self.frame(0, program)])):
-            kept, compiled, ours = self._pending.pop(frame.number)
-            return self.judge(kept, compiled, answer, ours)
-        raise AssertionError("the target answers every frame")
-
-
-def signature(program: Program, found: list[Difference]) -> str:
-    """What findings have in common that probably are one."""
-    first = found[0]
-    if first.call < 0:
-        what = re.sub(r"\+0x[0-9a-f]+|id \d+", "", first.what)
-        return f"{what}: {first.model}" if what == "the model" else f"{what}"
-    values = f": {first.real} / {first.model}" if first.what == "result" else ""
-    return f"{program.calls[first.call].name} {first.what}{values}"
-
-
 def _live(console: Console, args: argparse.Namespace, target: Target) -> int:
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 32)
     version = args.model or model_release(target.release)
@@ -299,7 +139,8 @@ def _live(console: Console, args: argparse.Namespace, target: Target) -> int:
     began = time.monotonic()
     with model:
         hunt = Hunt(console, args, target, model, seed)
-        with Meter(console, len(numbers), "fuzz") as meter:
+        hunt.need_mock_driver()
+        with HuntProgress(console, "fuzz", len(numbers)) as meter:
             found = hunt.run(numbers, meter)
         if args.program is not None:
             _show_program(console, hunt, args.program)
@@ -346,6 +187,7 @@ def _report(console: Console, hunt: Hunt, found: Run, most: int, args: argparse.
     order = sorted(kinds.values(), key=len, reverse=True)
     for findings in order[:most]:
         finding = findings[0]
+        console.print(f"shrinking program {finding.number}", markup=False, highlight=False)
         small = shrink(finding.program, lambda program: bool(hunt.ask(program)))
         told = hunt.ask(small)
         console.rule(f"{len(findings)} programs: {finding.signature}")
@@ -397,12 +239,3 @@ def _recorded(console: Console, args: argparse.Namespace) -> int:
         f"{done} recorded programs, {differ} differ, {time.monotonic() - began:.0f} s", markup=False, highlight=False
     )
     return 1 if differ else 0
-
-
-def check(model: ModelSide, program: Program, answer: Answer) -> list[Difference]:
-    """What the model answers otherwise than the recorded kernel."""
-    compiled = compile_program(program)
-    ours = model.run(program, compiled)
-    if isinstance(ours, Broken):
-        return [Difference(-1, "the model", "answers", ours.error)]
-    return [] if digest(ours) == digest(answer) else differences(program, compiled, answer, ours)

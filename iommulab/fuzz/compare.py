@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
-from iommulab.fuzz.executor import IDS, Answer
+from iommulab.fuzz.executor import IDS, Answer, digest
 from iommulab.fuzz.memory import PAGE, REGIONS, WATCHED
 from iommulab.fuzz.program import LAYOUTS, Compiled, Program
 
@@ -40,7 +40,8 @@ def differences(program: Program, compiled: Compiled, real: Answer, model: Answe
     if real[1][known:] != model[1][known:] and not found:
         found.append(Difference(-1, "memory behind the blocks", real[1][known:].hex(), model[1][known:].hex()))
     found.sort(key=lambda difference: difference.call)
-    return found + _final(real[2], model[2])
+    found += _final(real[2], model[2])
+    return found or [Difference(-1, "memory", "not the same", "not the same")] if digest(real) != digest(model) else []
 
 
 def _fields(program: Program, index: int, place: str, theirs: bytes, ours: bytes) -> list[Difference]:

@@ -45,13 +45,20 @@ class DeviceActions(MappingActions):
             device = self.world.pick(self.world.devices)
         return device
 
-    def replace(self, hwpt: Hwpt | None = None) -> None:
-        device, (target, ioas) = self._device(), self._target()
+    def replace(self, hwpt: Hwpt | None = None, device: Device | None = None) -> None:
+        """Attach a device to something else: to `hwpt`, or to whatever there is."""
+        device = device or self._device()
+        target, ioas = self._target()
         if hwpt is not None:
             target, ioas = hwpt.ref, hwpt.ioas
+        else:
+            hwpt = next((known for known in self.world.hwpts if known.ref == target), None)
         call = self.add("IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE", id=device.stdev, pt_id=target)
-        if call is not None and self.coin(0.5):
-            self.world.hwpts.append(Hwpt(call + "pt_id", ioas))
+        if call is not None:
+            device.ready = hwpt is not None and bool(hwpt.flags & 8)
+            device.guest = hwpt is not None and hwpt.viommu is not None
+            if self.coin(0.3) and hwpt is None:
+                self.world.hwpts.append(Hwpt(call + "pt_id", ioas))
 
     def hwpt_alloc(self, wanted: int | None = None) -> None:
         device, ioas = self._device(), self._ioas()
@@ -107,7 +114,7 @@ class DeviceActions(MappingActions):
             **more,
         )
         if call is not None:
-            self.world.hwpts.append(Hwpt(call + "out_hwpt_id", None, flags, nested=True, word=word))
+            self.world.hwpts.append(Hwpt(call + "out_hwpt_id", None, flags, nested=True, word=word, viommu=viommu))
 
     def invalidate(self) -> None:
         rng = self.rng
@@ -213,7 +220,11 @@ class DeviceActions(MappingActions):
 
     def pasid_attach(self) -> None:
         device, pasid = self._pasid_device(), self.pasid()
-        name = "IOMMU_TEST_OP_PASID_ATTACH" if self.coin(0.7) else "IOMMU_TEST_OP_PASID_REPLACE"
+        able = self.world.pick([hwpt for hwpt in self.world.hwpts if hwpt.flags & 8 and not hwpt.nested])
+        if able is not None and not device.ready and self.coin(0.7):
+            self.replace(able, device)
+        again = pasid in device.pasids
+        name = "IOMMU_TEST_OP_PASID_ATTACH" if self.coin(0.2 if again else 0.9) else "IOMMU_TEST_OP_PASID_REPLACE"
         # Unspoiled: what may be attached must be known, to be detached before the device dies.
         self.sure(name, id=device.stdev, pasid=pasid, pt_id=self._pasid_target())
         device.pasids.add(pasid)
@@ -238,7 +249,9 @@ class DeviceActions(MappingActions):
         if hwpt is None:
             self.hwpt_alloc(2)
             return
-        self.add("IOMMU_HWPT_SET_DIRTY_TRACKING", hwpt_id=hwpt.ref, flags=int(self.coin(0.85)))
+        on = self.coin(0.85)
+        if self.add("IOMMU_HWPT_SET_DIRTY_TRACKING", hwpt_id=hwpt.ref, flags=int(on)) is not None:
+            hwpt.tracked = on
 
     def _range(self, hwpt: Hwpt, unit: int) -> tuple[Value, int]:
         areas = [area for area in (hwpt.ioas.areas if hwpt.ioas is not None else []) if isinstance(area.iova, int)]
@@ -270,8 +283,9 @@ class DeviceActions(MappingActions):
         if not self.world.aligned:
             self.set_dirty_tracking()
             return
-        hwpt = self._paging()
-        if hwpt is None:
+        hwpt = self.world.pick([hwpt for hwpt in self.world.hwpts if hwpt.tracked]) or self._paging()
+        if hwpt is None or not (hwpt.tracked or self.coin(0.1)):
+            self.set_dirty_tracking()
             return
         page = self.rng.choice((2048, PAGE, PAGE, PAGE))
         iova, length = self._range(hwpt, page)

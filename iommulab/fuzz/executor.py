@@ -17,15 +17,14 @@ import ctypes
 import hashlib
 import marshal
 import os
-import select
 import struct
 import sys
 from array import array
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
+from iommulab.fuzz.doors import Door, LinuxDoor, Mapping
 from iommulab.fuzz.memory import FIRST_FD, NULL_FD, PAGE, REGIONS, SYSTEM, WATCHED, WORK, Memory
-from uapi.backend import DEV_IOMMU
 from uapi.iommufd import IOMMU_DESTROY
 from uapi.iommufd_test import (
     IOMMU_TEST_CMD,
@@ -33,10 +32,9 @@ from uapi.iommufd_test import (
     IOMMU_TEST_OP_PASID_DETACH,
     iommu_test_cmd,
 )
-from uapi.linux import read_status
 
 #: Kinds of steps. The result of an FD_IOCTL is a descriptor; DETACH has no result: it frees every device of PASIDs.
-IOCTL, READ, WRITE, CLOSE, POLL, UNMAP, PROTECT, FD_IOCTL, DETACH = range(9)
+IOCTL, READ, WRITE, CLOSE, POLL, UNMAP, PROTECT, FD_IOCTL, DETACH, MMAP = range(10)
 #: Ids that the final state tries to destroy.
 IDS = 20
 #: A page with more pins than this counts as that.
@@ -47,71 +45,6 @@ Step: TypeAlias = "tuple[Any, ...]"
 Answer: TypeAlias = "tuple[list[int], bytes, dict[str, list[int]]]"
 
 _HEAD = struct.Struct("<I")
-
-
-class Door(Protocol):
-    """A kernel, by descriptors; errors are negative errnos."""
-
-    def open(self) -> int: ...
-
-    def ioctl(self, fd: int, request: int, address: int) -> int: ...
-
-    def read(self, fd: int, count: int) -> bytes | int: ...
-
-    def write(self, fd: int, data: bytes) -> int: ...
-
-    def poll(self, fd: int) -> int: ...
-
-    def close(self, fd: int) -> int: ...
-
-    def pinned(self) -> int:
-        """VmPin of this process in KiB."""
-
-
-_libc_ioctl = ctypes.CDLL(None, use_errno=True).ioctl
-_libc_ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
-
-
-class LinuxDoor:
-    """The kernel that runs this process."""
-
-    def open(self) -> int:
-        return os.open(DEV_IOMMU, os.O_RDWR | os.O_CLOEXEC)
-
-    def ioctl(self, fd: int, request: int, address: int) -> int:
-        result = int(_libc_ioctl(fd, request, address))
-        return result if result >= 0 else -ctypes.get_errno()
-
-    def read(self, fd: int, count: int) -> bytes | int:
-        try:
-            return os.read(fd, count)
-        except OSError as error:
-            return -(error.errno or 0)
-
-    def write(self, fd: int, data: bytes) -> int:
-        try:
-            return os.write(fd, data)
-        except OSError as error:
-            return -(error.errno or 0)
-
-    def poll(self, fd: int) -> int:
-        poller = select.poll()
-        poller.register(fd, POLL_EVENTS)
-        ready = poller.poll(0)
-        return ready[0][1] if ready else 0
-
-    def close(self, fd: int) -> int:
-        try:
-            os.close(fd)
-        except OSError as error:
-            return -(error.errno or 0)
-        return 0
-
-    def pinned(self) -> int:
-        return read_status(os.getpid(), "VmPin")
-
-
-POLL_EVENTS = select.POLLIN | select.POLLOUT | select.POLLRDNORM
 
 
 class Executor:
@@ -134,6 +67,7 @@ class Executor:
         self._fresh = -1
         self._opened: list[int] = []
         self._main = -1
+        self._mapped: list[Mapping] = []
         self._used = len(self.memory.work)
 
     def close(self) -> None:
@@ -146,6 +80,7 @@ class Executor:
 
     def abandon(self) -> None:
         """Give all back after a run that an exception ended; what it had closed already stays so."""
+        self._mapped.clear()
         for fd in {*self._opened, self._main}:
             with contextlib.suppress(OSError):
                 os.close(fd)
@@ -184,6 +119,8 @@ class Executor:
             elif kind == DETACH:
                 self._detach(iommu, step[1])
                 continue
+            elif kind == MMAP:
+                result = self._mmap(iommu, *step[1:])
             else:
                 result = self._file_step(step, opened, slots)
             results.append(result)
@@ -197,6 +134,22 @@ class Executor:
                         work[target : target + count] = b"\1\0\0\0"[:count]
         written = bytes(work[: len(image) + 256])
         return results, written, self._final(iommu, opened, main_first, moved)
+
+    def _mmap(self, iommu: int, block: int, length: int, prot: int, flags: int, patches: Sequence[Step]) -> int:
+        """Map pages of the iommufd until the end; the first byte where they can be read."""
+        work = self.memory.work
+        for target, source, count in patches:
+            work[target : target + count] = work[source : source + count]
+        offset = int.from_bytes(work[block : block + 8], "little", signed=True)
+        got = self._door.mmap(iommu, length, offset, prot, flags)
+        if isinstance(got, int):
+            return got
+        self._mapped.append(got)
+        return got.read(0, 1) if prot & 1 else 0
+
+    def _unmap_all(self) -> None:
+        while self._mapped:
+            self._mapped.pop().close()
 
     def _detach(self, iommu: int, pasids: Sequence[int]) -> None:
         """Detach these PASIDs of every device: one that dies with a PASID attached is a WARN and a leak on 7.3."""
@@ -267,6 +220,7 @@ class Executor:
                 block.value = number
                 destroyed.append(door.ioctl(iommu, IOMMU_DESTROY.number, self._destroy))
         final["destroy"] = destroyed
+        self._unmap_all()
         for fd in [iommu, *opened] if main_first else [*opened, iommu]:
             door.close(fd)
         changed = memory.differing(("ro", "file") if moved else WATCHED)
@@ -343,7 +297,7 @@ class Frames:
         return message
 
 
-def serve(source: int, target: int, door: Door, note: Callable[[int], None] | None = None) -> None:
+def serve(source: int, target: int, door: Door) -> None:
     """Answer frames (number, expected digest or empty, image, steps, main first) until the stream ends.
 
     An answer is (number, digest) where it is the expected one, else (number, results, work, final state).

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from iommulab.fuzz.maker import SPOILED
 from iommulab.fuzz.memory import PAGE
-from iommulab.fuzz.program import Call, Program, Value
+from iommulab.fuzz.program import RAW, Call, Program, Value
 from iommulab.fuzz.queue_actions import QueueActions
 from iommulab.fuzz.world import Area
 
@@ -66,7 +66,7 @@ class Generator(QueueActions):
         self.mock_domain(4)
         self.hwpt_alloc(8)
         self.hwpt_alloc(self.rng.choice((8, 10)))
-        self.replace(self.world.hwpts[-1])
+        self.replace(self.world.hwpts[-1], self.world.devices[-1])
         self.pasid_attach()
         self.pasid_attach()
 
@@ -76,7 +76,7 @@ class Generator(QueueActions):
         self.fault_queue()
         self.hwpt_alloc(1)
         self.hwpt_nested(fault=True)
-        self.replace(self.world.hwpts[-1])
+        self.replace(self.world.hwpts[-1], self.world.devices[-1])
         for _ in range(self.rng.randrange(1, 4)):
             self.trigger_iopf()
         if self.world.faults and self.coin(0.8):
@@ -91,16 +91,18 @@ class Generator(QueueActions):
         self.viommu_alloc()
         self.vdevice_alloc()
         self.hwpt_nested()
-        self.replace(self.world.hwpts[-1])
+        self.replace(self.world.hwpts[-1], self.world.devices[-1])
         self.veventq_alloc()
         self.trigger_vevent()
         self.hw_queue_alloc()
+        if self.world.pages:
+            self.mmap()
 
     def scene_dirty(self) -> None:
         """Dirty tracking that is on, with something mapped."""
         self.mock_domain(self.rng.choice((0, 4)))
         self.hwpt_alloc(2)
-        self.replace(self.world.hwpts[-1])
+        self.replace(self.world.hwpts[-1], self.world.devices[-1])
         self.map()
         self.set_dirty_tracking()
         self.map()
@@ -115,6 +117,10 @@ class Generator(QueueActions):
         self.access_pages()
 
     # -- the rest ----------------------------------------------------------------------------------------------------
+
+    def raw(self) -> None:
+        """A request that no kernel knows."""
+        self.calls.append(Call(f"RAW_{self.rng.choice(RAW):#x}"))
 
     def memory_limit(self) -> None:
         self.add("IOMMU_TEST_OP_SET_TEMP_MEMORY_LIMIT", limit=self.rng.choice((0, 11, 12, 16, 64, 4096, 65536)))
@@ -254,6 +260,7 @@ ACTIONS: list[tuple[float, Callable[[Generator], None]]] = [
     (3.5, Generator.trigger_iopf),
     (4, Generator.use_queue),
     (2.5, Generator.viommu_alloc),
+    (1, Generator.mmap),
     (3, Generator.vdevice_alloc),
     (2, Generator.veventq_alloc),
     (2, Generator.trigger_vevent),
@@ -271,4 +278,5 @@ ACTIONS: list[tuple[float, Callable[[Generator], None]]] = [
     (2, Generator.check_map),
     (0.5, Generator.check_refs),
     (0.5, Generator.protect),
+    (0.3, Generator.raw),
 ]

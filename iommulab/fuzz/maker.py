@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from iommulab.fuzz.program import Call, Value
-from iommulab.fuzz.spoil import spoil
+from iommulab.fuzz.spoil import spoil, within_a_page
 from iommulab.fuzz.world import World
 
 #: The part of all calls in which something is made wrong.
@@ -32,6 +32,8 @@ class Maker:
     def sure(self, name: str, **fields: Value) -> str:
         """Add a call as it is."""
         self.calls.append(Call(name, {key: value for key, value in fields.items() if value != 0}))
+        if name == "IOMMU_HW_QUEUE_ALLOC":
+            within_a_page(self.calls[-1])
         return f"@{len(self.calls) - 1}."
 
     def coin(self, chance: float) -> bool:

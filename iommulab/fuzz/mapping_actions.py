@@ -65,8 +65,8 @@ class MappingActions(Maker):
             length = rng.choice((length, length - 2048, 2048, 512, length - 1)) or 2048
         return f"&{name}+{offset:#x}", length, name in ("buf", "tail", "file")
 
-    def map(self) -> None:
-        ioas = self._ioas()
+    def map(self, ioas: Ioas | None = None) -> None:
+        ioas = ioas or self._ioas()
         va, length, may_write = self.piece(ioas)
         flags = self.rng.choice((6, 6, 6, 6, 4, 2)) if may_write or self.coin(0.1) else 4
         iova = 0
@@ -88,7 +88,7 @@ class MappingActions(Maker):
         if self.coin(0.6):
             flags |= 1
             iova = self.place(ioas)
-        fd = MEMFD if self.coin(0.95) else self.rng.choice((NULL_FD, -1 & 0xFFFFFFFF, 63))
+        fd = MEMFD if self.coin(0.95) else self.rng.choice((NULL_FD, -1 & 0xFFFFFFFF, 950))
         call = self.add(
             "IOMMU_IOAS_MAP_FILE", flags=flags, ioas_id=ioas.ref, fd=fd, start=start, length=length, iova=iova
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 from collections.abc import Sequence
 
 PAGE = 4096
@@ -77,6 +78,9 @@ class Memory:
     """The regions, mapped; one at a time in a process. OSError where the addresses are taken."""
 
     def __init__(self) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft <= NULL_FD:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
         self.patterns = {name: pattern(name) for name in WATCHED}
         _map(BASE, _END - BASE, _PROT_NONE, _PRIVATE | _ANONYMOUS | _NOREPLACE)
         self._file = -1

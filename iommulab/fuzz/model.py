@@ -7,7 +7,8 @@ import os
 import traceback
 from dataclasses import dataclass
 
-from iommulab.fuzz.executor import POLL_EVENTS, Answer, Executor
+from iommulab.fuzz.doors import POLL_EVENTS, Mapping
+from iommulab.fuzz.executor import Answer, Executor
 from iommulab.fuzz.program import Compiled, Program
 from kernel_model.door import ModelFile
 from kernel_model.kernel import Kernel
@@ -57,6 +58,12 @@ class ModelDoor:
         with self.kernel.entered():  # the last close takes effect now, as close(2) returns
             pass
         return 0
+
+    def mmap(self, fd: int, length: int, offset: int, prot: int, flags: int) -> Mapping | int:
+        try:
+            return self._file(fd).mmap(length, offset, prot, flags)
+        except OSError as error:
+            return -(error.errno or 0)
 
     def pinned(self) -> int:
         return self.kernel.status("VmPin")

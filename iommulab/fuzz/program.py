@@ -5,12 +5,14 @@ string:
 
     "@3.out_ioas_id"    what call 3 left in that field (also when it failed)
     "@5.36"             four bytes at that place of what call 5 read
+    "@4.data_uptr:8"    eight bytes at that place of what call 4's pointer points to
     "&buf+0x1800"       an address: a region of `memory.REGIONS` and an offset
     "*00ff..."          the address of these bytes
     ">64+3"             the address of 64 zero bytes for the kernel to write, this much off alignment
 
 So a program is JSON as it stands, and calls can be dropped from it: what referred to them becomes 0. Besides ioctls
-there are `read`, `write`, `close` and `poll` of a file that a call opened, and `munmap` and `mprotect`.
+there are `read`, `write`, `close` and `poll` of a file that a call opened, `mmap` of the iommufd, and `munmap` and
+`mprotect` of the program's memory. `RAW_0x3b96` is a request that no kernel has.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from iommulab.fuzz.executor import CLOSE, DETACH, FD_IOCTL, IOCTL, POLL, PROTECT, READ, UNMAP, WRITE, Step
+from iommulab.fuzz.executor import CLOSE, DETACH, FD_IOCTL, IOCTL, MMAP, POLL, PROTECT, READ, UNMAP, WRITE, Step
 from iommulab.fuzz.memory import REGIONS, WORK, WORK_SIZE
 from uapi import iommufd_test, registry
 from uapi.cstruct import Struct, Union, fields_of
@@ -119,6 +121,9 @@ def _layouts() -> dict[str, Layout]:
     return table
 
 
+#: Requests of no ioctl: below and in holes of the table, and right ones with size bits.
+RAW = (0x3B7F, 0x3B96, 0x3B9F, 0x3BA1, 0x3BFF, 0xC0043B81, 0x3A81)
+
 #: Names of the test operations, by number.
 TEST_OPS = {
     value: name
@@ -126,6 +131,7 @@ TEST_OPS = {
     if name.startswith("IOMMU_TEST_OP_") and isinstance(value, int)
 }
 LAYOUTS = _layouts()
+LAYOUTS |= {f"RAW_{number:#x}": Layout(number, 16, {"size": (0, 4)}, b"\x0c\0\0\0") for number in RAW}
 
 
 @dataclass(slots=True)
@@ -188,6 +194,8 @@ class _Compiler:
             room = max(room, *(offset + size for offset, size in layout.fields.values())) if layout.fields else room
         elif call.name == "write":
             room = len(call.fields["words"]) * 4
+        elif call.name == "mmap":
+            room = 8
         start = self._allot(room)
         self.blocks.append(start)
         if layout is not None:
@@ -201,6 +209,7 @@ class _Compiler:
             data = bytes.fromhex(value[1:])
             start = self._allot(len(data))
             self.image[start : start + len(data)] = data
+            self.places.append((start, start + len(data), index, f"*{name}"))
         else:
             length, _, skew = value[1:].partition("+")
             start = self._allot(int(length), int(skew or 0))
@@ -213,6 +222,10 @@ class _Compiler:
             return None
         text, _, name = value[1:].partition(".")
         index = int(text)
+        name, _, inside = name.partition(":")
+        if inside:
+            found = self.pointed.get((index, name))
+            return None if found is None else (found + int(inside), 8)
         if name.isdigit():
             return (self.pointed[index, "data"] + int(name), 4) if (index, "data") in self.pointed else None
         layout = LAYOUTS.get(self.calls[index].name)
@@ -248,6 +261,9 @@ class _Compiler:
         if call.name in _MEMORY_CALLS:
             more = (call.fields["prot"],) if call.name == "mprotect" else ()
             return (_MEMORY_CALLS[call.name], address(call.fields["address"]), call.fields["length"], *more)
+        if call.name == "mmap":
+            patches = self._put(block, 8, index, "offset", call.fields["offset"])
+            return (MMAP, block, *(call.fields[name] for name in ("length", "prot", "flags")), patches)
         found = self._source(call.fields["fd"])
         slot = found[0] if found is not None else WORK_SIZE - 4
         if call.name == "read":

@@ -52,7 +52,8 @@ class QueueActions(DeviceActions):
 
     def read_queue(self, queue: Queue) -> None:
         """read(2); its call's number stays with the queue, for the cookies."""
-        count = self.rng.choice((40, 80, 120, 40, 400, 400, 39, 0, 8, 12, 16, 24, 7))
+        counts = (40, 80, 400, 400, 39, 0, 8) if queue in self.world.faults else (8, 12, 16, 24, 24, 100, 11, 7, 0)
+        count = self.rng.choice(counts)
         self.calls.append(Call("read", {"fd": queue.fd, "count": count}))
         queue.reads.append(len(self.calls) - 1)
 
@@ -77,8 +78,8 @@ class QueueActions(DeviceActions):
             self.hwpt_alloc(1)
             return
         more: dict[str, Value] = {}
-        if self.coin(0.3):
-            data = struct.pack("<IIQQ", self.rng.randrange(1 << 32), 0, 0, 0)[: self.rng.choice((24, 24, 8, 4))]
+        if self.coin(0.4):
+            data = struct.pack("<IIQQ", self.rng.randrange(1 << 32), 0, 0, 0)[: self.rng.choice((24, 24, 24, 8, 4))]
             more = {"data_len": len(data), "data_uptr": "*" + data.hex()}
         call = self.add(
             "IOMMU_VIOMMU_ALLOC",
@@ -89,6 +90,19 @@ class QueueActions(DeviceActions):
         )
         if call is not None:
             self.world.viommus.append(Viommu(call + "out_viommu_id", parent))
+            if len(more) and self.coin(0.7):
+                self.world.pages.append(call + "data_uptr:8")
+
+    def mmap(self) -> None:
+        """Map the pages that a virtual IOMMU publishes; DESTROY finds it busy from then on."""
+        offset: Value = self.rng.choice((0, PAGE, 1 << 40))
+        if not self.world.pages and self.coin(0.9):
+            return
+        if self.world.pages and self.coin(0.95):
+            offset = self.rng.choice(self.world.pages)
+        length = self.rng.choice((2, 2, 2, 2, 2, 2, 1, 3)) * PAGE
+        prot, flags = self.rng.choice((3, 3, 3, 3, 3, 1, 1, 5)), self.rng.choice((1, 1, 1, 1, 1, 1, 1, 2))
+        self.calls.append(Call("mmap", {"offset": offset, "length": length, "prot": prot, "flags": flags}))
 
     def _viommu(self) -> Viommu | None:
         if not self.world.viommus:
@@ -120,23 +134,26 @@ class QueueActions(DeviceActions):
             self.world.events.append(Queue(call + "out_veventq_id", call + "out_veventq_fd"))
 
     def trigger_vevent(self) -> None:
-        self.add("IOMMU_TEST_OP_TRIGGER_VEVENT", dev_id=self._device().idev)
+        guest = self.world.pick([device for device in self.world.devices if device.guest])
+        device = guest if guest is not None and self.coin(0.9) else self._device()
+        if guest is not None or self.coin(0.25):
+            self.add("IOMMU_TEST_OP_TRIGGER_VEVENT", dev_id=device.idev)
 
     def hw_queue_alloc(self) -> None:
         viommu = self._viommu()
         if viommu is None or viommu.parent.ioas is None:
             return
         area = self.world.pick(viommu.parent.ioas.areas)
+        if area is None and self.coin(0.8):
+            self.map(viommu.parent.ioas)
+            area = self.world.pick(viommu.parent.ioas.areas)
         iova: Value = self.inside(area, 0) if area is not None else APERTURE
-        # One page: whether two pages are neighbours in memory is chance on a real kernel.
-        length = self.rng.choice((1, 64, 2048, PAGE)) if self.coin(0.93) else 0
-        if isinstance(iova, int) and iova % PAGE + length > PAGE:
-            length = PAGE - iova % PAGE
+        length = self.rng.choice((1, 64, 2048, PAGE)) if self.coin(0.97) else 0
         call = self.add(
             "IOMMU_HW_QUEUE_ALLOC",
             viommu_id=viommu.ref,
             type=int(mock.IOMMU_HW_QUEUE_TYPE_SELFTEST),
-            index=self.rng.choice((0, 0, 1, 1, 2)),
+            index=self.rng.choice((0, 0, 0, 0, 1, 1, 1, 2)),
             nesting_parent_iova=iova,
             length=length,
         )

@@ -12,6 +12,7 @@ _MEMBER = {TEST_OPS[op]: member for op, member in TEST_OP_MEMBERS.items()}
 
 _HEAD = """\
 import ctypes, errno, mmap, os
+from uapi.ioctl import Ioctl
 from uapi.iommufd import *
 from uapi.iommufd_test import *
 from uapi.vfio import *
@@ -68,6 +69,9 @@ def _value(value: Any, calls: list[Call]) -> str:
         return str(value) if value < 10 else ("memfd" if value == MEMFD else hex(value))
     if value[0] == "@":
         index, _, name = value[1:].partition(".")
+        if ":" in name:
+            name, _, inside = name.partition(":")
+            return f"ctypes.c_uint64.from_address(c{index}.{_field(calls[int(index)].name, name)} + {inside}).value"
         if name.isdigit():
             return f"int.from_bytes(c{index}[{name}:{int(name) + 4}], 'little')"
         return f"c{index}.{_field(calls[int(index)].name, name)}"
@@ -94,6 +98,9 @@ def _line(call: Call, calls: list[Call]) -> str:
             more = f", {fields['prot']}" if call.name == "mprotect" else ""
             where = _value(fields["address"], calls)
             return f"ctypes.CDLL(None).{call.name}(ctypes.c_void_p({where}), {fields['length']}{more})"
+        if call.name == "mmap":
+            offset = _value(fields["offset"], calls)
+            return f"iommu.mmap({fields['length']}, {offset}, {fields['prot']}, {fields['flags']})"
         fd = _value(fields["fd"], calls)
         if call.name == "read":
             return f"kernel.adopt({fd}).read({fields['count']})"
@@ -103,7 +110,7 @@ def _line(call: Call, calls: list[Call]) -> str:
         return f"kernel.adopt({fd}).poll(0x45)" if call.name == "poll" else f"os.close({fd})"
     said = []
     member = _MEMBER.get(call.name)
-    if member is not None:
+    if member is not None and "op" not in fields:
         said.append(f"op={call.name}")
     for name, value in fields.items():
         key = _field(call.name, name).replace(".", "__in__")
@@ -112,7 +119,10 @@ def _line(call: Call, calls: list[Call]) -> str:
         said.insert(0, _value(call.arg, calls))
     if call.tail:
         said.append(f"tail=bytes.fromhex({call.tail!r})")
-    return f"call({', '.join(['IOMMU_TEST_CMD' if member else call.name, *said])})"
+    name = "IOMMU_TEST_CMD" if member else call.name
+    if name.startswith("RAW_"):
+        name = f'Ioctl("RAW", {name[4:]}, iommu_ioas_alloc)'
+    return f"call({', '.join([name, *said])})"
 
 
 def as_python(program: Program) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from iommulab.fuzz.memory import NULL_FD, PAGE
+from iommulab.fuzz.memory import MEMFD, NULL_FD, PAGE
 from iommulab.fuzz.program import LAYOUTS, Call, Value
 from iommulab.fuzz.world import World
 
@@ -37,12 +37,16 @@ def spoil(call: Call, world: World) -> bool:
     rng = world.rng
     layout = LAYOUTS[call.name]
     kind = rng.random()
+    if kind < 0.004 and call.name.startswith("IOMMU_TEST"):
+        call.fields["op"] = rng.choice((0, 24, 0xFFFFFFFF))
+        return True
     if kind < 0.08 and "size" in layout.fields and call.name[:5] != "VFIO_":
         return _size(call, world)
     if kind < 0.11:
         call.arg = rng.choice(("&hole+0", "&none+8", "&buf+0x1fffe", "&ro+0", 0, 1 << 47, U64_MAX - 3))
         return True
-    names = [name for name in layout.fields if name not in ("size", "argsz", "op", "last") and name[:4] != "out_"]
+    keep = {"size", "argsz", "last", "result_fd"} | ({"op"} if call.name.startswith("IOMMU_TEST") else set())
+    names = [name for name in layout.fields if name not in keep and name[:4] != "out_"]
     if call.name in KEEP_ID and "id" in names:
         names.remove("id")
     if not names:
@@ -58,7 +62,11 @@ def spoil(call: Call, world: World) -> bool:
         new = rng.choice(EDGES)
         if isinstance(old, int) and rng.random() < 0.5:
             new = max(old + rng.choice((1, -1, 2048, -2048, 512, PAGE, -PAGE)), 0)
-    elif "flags" in name or name == "op":
+    elif name in ("fd", "dmabuf_fd"):  # numbers that are the same file, or none, in every process
+        new = rng.choice((MEMFD, NULL_FD, 950, (1 << 31) - 1, (1 << 32) - 1))
+    elif name == "op":
+        new = rng.choice((1, 2, 3, 4, 0xFFFF))
+    elif "flags" in name:
         new = (old if isinstance(old, int) else 0) ^ rng.choice(FLAGS)
     elif "reserved" in name:
         new = rng.choice((1, 1 << 7))
@@ -105,6 +113,14 @@ def _allowed(call: Call) -> bool:
         fields["user_va"] = 0  # off a page it is a WARN in iopt_insert_area()
     if call.name == "IOMMU_HWPT_INVALIDATE" and isinstance(number, int) and number > 4097:
         fields["entry_num"] = (1 << 19) + 1
-    if call.name == "IOMMU_HW_QUEUE_ALLOC" and isinstance(length, int) and PAGE < length < 1 << 40:
-        fields["length"] = PAGE
+    if call.name == "IOMMU_HW_QUEUE_ALLOC":
+        within_a_page(call)
     return True
+
+
+def within_a_page(call: Call) -> None:
+    """Cut a hardware queue to one page: whether its pages are neighbours in memory is chance on a real kernel."""
+    iova, length = call.fields.get("nesting_parent_iova", 0), call.fields.get("length", 0)
+    room = PAGE - iova % PAGE if isinstance(iova, int) else 1
+    if isinstance(length, int) and room < length < 1 << 40:
+        call.fields["length"] = room

@@ -255,8 +255,6 @@ class Target:
         unsent = memoryview(b"")
         more = True
         while True:
-            self.start()
-            assert self._stream is not None
             if not unsent and more and len(pending) < WINDOW:
                 frame = next(frames, None)
                 if frame is None:
@@ -264,28 +262,39 @@ class Target:
                 else:
                     pending.append(frame)
                     unsent = memoryview(frame.encode())
-            if unsent:
-                unsent = self._write(unsent)
             if not pending:
                 return
-            full = len(pending) >= WINDOW or not more or bool(unsent)
-            if not full and not self._readable():
-                continue
-            if unsent and not self._readable():
-                select.select([self._stream.reader], [self._stream.writer], [], SILENCE)
-                if not self._readable():
+            self.start()
+            assert self._stream is not None
+            if unsent:
+                unsent = self._write(unsent)
+            if not self._readable():
+                if not unsent and more and len(pending) < WINDOW:
                     continue
+                if unsent:  # until there is room, or an answer
+                    ready = select.select([self._stream.reader], [self._stream.writer], [], SILENCE)
+                    if ready[1]:
+                        continue
             message = self._receive(SILENCE)
             if message is None:
-                why = self._stream.obituary() if self._stream.process.poll() is not None or self._guest else ""
+                why = self._death()
                 self.stop()
-                culprit = pending.popleft()
-                yield culprit, Died(why or f"no answer within {SILENCE:.0f} s")
+                yield pending.popleft(), Died(why)
                 unsent = memoryview(b"".join(frame.encode() for frame in pending))
                 continue
             frame = pending.popleft()
             assert message[0] == frame.number
             yield frame, message[1] if len(message) == 2 else message[1:]
+
+    def _death(self) -> str:
+        """Why no answer came."""
+        assert self._stream is not None
+        try:
+            self._stream.process.wait(3)
+        except subprocess.TimeoutExpired:
+            said = self._stream.obituary()
+            return said if "console says" in said else f"no answer within {SILENCE:.0f} s"
+        return self._stream.obituary()
 
     def _readable(self) -> bool:
         assert self._stream is not None

@@ -41,18 +41,25 @@ class Hwpt:
     ioas: Ioas | None
     flags: int = 0
     nested: bool = False
-    #: What a nested one's IOTLB words were at first.
+    #: What a nested one's IOTLB words were at first; the vIOMMU it was made from; whether dirty tracking is on.
     word: int = 0
+    viommu: Viommu | None = None
+    tracked: bool = False
 
 
 @dataclass(eq=False, slots=True)
 class Device:
-    """A mock device; `stdev` is the test's object, `idev` the device's own id. `pasids`: what was ever attached."""
+    """A mock device; `stdev` is the test's object, `idev` the device's own id. `pasids`: what was ever attached.
+
+    `ready` for PASIDs, as its own page table is for devices with PASIDs; `guest` where that is a vIOMMU's.
+    """
 
     stdev: str
     idev: str
     flags: int
     pasids: set[int] = field(default_factory=set)
+    ready: bool = False
+    guest: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -99,6 +106,8 @@ class World:
     virtual: list[int] = field(default_factory=list)
     #: Descriptors of dma-bufs, with their length.
     dmabufs: list[tuple[str, int]] = field(default_factory=list)
+    #: Where offsets of pages to be mapped are told.
+    pages: list[str] = field(default_factory=list)
     compat: Ioas | None = None
 
     def pick(self, pool: list[T]) -> T | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import gzip
 import itertools
@@ -14,13 +15,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from iommulab.cli import main
 from iommulab.errors import UserError
-from iommulab.fuzz.cli import RECORDED, check, model_release, signature
+from iommulab.fuzz.cli import RECORDED, model_release
 from iommulab.fuzz.compare import Difference, differences
 from iommulab.fuzz.executor import Answer, digest
 from iommulab.fuzz.generator import ACTIONS, generate
+from iommulab.fuzz.hunt import Hunt, HuntProgress, check, signature
+from iommulab.fuzz.memory import MEMFD, NULL_FD
 from iommulab.fuzz.model import Broken, ModelSide
 from iommulab.fuzz.program import LAYOUTS, Call, Program, compile_program, without
 from iommulab.fuzz.render import as_python
@@ -30,16 +34,19 @@ from iommulab.fuzz.vectors import PER_FILE, Vectors, chunks, load
 from iommulab.kernel_images import find_image
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-#: An executor as on a real kernel, but on the model; a program whose first call has this name kills it.
+#: An executor as on a real kernel, but on the model; a program without calls kills it, one of size 0 hangs.
 EXECUTOR = """
-import os, sys
+import os, sys, time
 from iommulab.fuzz.executor import Executor, serve
+from iommulab.fuzz.hunt import Hunt, HuntProgress, check, signature
 from iommulab.fuzz.model import ModelDoor
 from kernel_model.kernel import Kernel
 run = Executor.run
 def deadly(self, image, steps, main_first=False):
     if not steps:
         os._exit(3)
+    if not image[0]:
+        time.sleep(60)
     return run(self, image, steps, main_first)
 Executor.run = deadly
 serve(0, 1, ModelDoor(Kernel("mock", "7.3.4")))
@@ -98,6 +105,17 @@ def test_what_is_left_of_a_program_still_compiles(number: int, rng: object) -> N
         call.name for index, call in enumerate(program.calls) if index not in dropped
     ]
     compile_program(rest)
+
+
+def test_no_program_names_a_descriptor_that_differs_between_processes() -> None:
+    known = {MEMFD, NULL_FD, 950, (1 << 31) - 1, (1 << 32) - 1}
+    programs = [generate(8, number, dmabuf=True) for number in range(400)]
+    programs += [program for path in chunks(RECORDED) for _, program, _ in load(path).items]
+    for program in programs:
+        for call in program.calls:
+            for name in ("fd", "dmabuf_fd"):
+                value = call.fields.get(name)
+                assert not isinstance(value, int) or value in known or call.name in ("read", "write", "close"), call
 
 
 def test_references_follow_their_calls_and_to_a_dropped_one_are_zero() -> None:
@@ -239,6 +257,15 @@ def test_a_death_costs_one_program(model: ModelSide, target: Target) -> None:
     assert tuple(found[-1][1]) == answer(model, programs[-1])
 
 
+def test_silence_costs_one_program(model: ModelSide, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iommulab.fuzz.target.SILENCE", 5.0)
+    silent = Program([Call("IOMMU_IOAS_ALLOC", {"size": 0})])
+    programs = [generate(4, 1), silent, *[generate(4, number) for number in range(20)]]
+    found = list(target.ask(frame(number, program) for number, program in enumerate(programs)))
+    assert [told.why for _, told in found if isinstance(told, Died)] == ["no answer within 5 s"]
+    assert tuple(found[-1][1]) == answer(model, programs[-1])
+
+
 def test_a_broken_model_is_booted_again(model: ModelSide, monkeypatch: pytest.MonkeyPatch) -> None:
     program = generate(1, 1)
     before = digest(answer(model, program))
@@ -281,6 +308,41 @@ def test_ten_thousand_programs_on_a_real_kernel(capsys: pytest.CaptureFixture[st
     assert status == 0, capsys.readouterr().out
 
 
+def hunt(target: Target, model: ModelSide, seed: int = 3) -> Hunt:
+    arguments = argparse.Namespace(calls=30, dmabuf=False, time=1e6, record=None)
+    return Hunt(Console(), arguments, target, model, seed)
+
+
+def test_a_run_of_two_equal_kernels_finds_nothing(model: ModelSide, target: Target) -> None:
+    with HuntProgress(Console(), "fuzz", 25) as meter:
+        found = hunt(target, model).run(range(25), meter)
+    assert (found.done, found.same, found.findings) == (25, 25, [])
+    assert sum(found.calls.values()) > 25 * 30
+
+
+def test_a_run_of_two_kernels_finds_what_differs_and_shrinks_it(
+    model: ModelSide, target: Target, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kernel_model.iommufd.main.IOMMU_OPTION_RLIMIT_MODE", 77)
+    mine = hunt(target, model)
+    with HuntProgress(Console(), "fuzz", 40) as meter:
+        found = mine.run(range(40), meter)
+    assert found.findings
+    small = shrink(found.findings[0].program, lambda program: bool(mine.ask(program)))
+    assert [call.name for call in small.calls] == ["IOMMU_OPTION"]
+
+
+def test_a_kernel_without_the_mock_driver_is_named(
+    model: ModelSide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    blind = EXECUTOR.replace("serve(0", "ModelDoor.ioctl = lambda *_: -25  # ENOTTY\nserve(0")
+    with Target(tmp_path, command=[sys.executable, "-c", blind]) as bare:
+        bare.start()
+        with pytest.raises(UserError, match="has no mock driver"):
+            hunt(bare, model).need_mock_driver()
+
+
 # -- shrinking -----------------------------------------------------------------------------------------------------
 
 
@@ -320,7 +382,7 @@ def test_the_model_answers_as_the_recorded_kernel(name: str) -> None:
 
 
 def test_a_thousand_programs_are_recorded() -> None:
-    assert len(list(chunks(RECORDED))) * PER_FILE >= 1000
+    assert sum(len(load(path).items) for path in chunks(RECORDED)) >= 1000
 
 
 def test_a_directory_gets_files_of_fifty(model: ModelSide, tmp_path: Path) -> None:

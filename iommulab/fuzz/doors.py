@@ -1,0 +1,95 @@
+"""A kernel by descriptors and numbers, as the executor sees it: here the running one; `model.ModelDoor` is the other.
+
+Needs only the standard library and `uapi`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+from typing import Protocol
+
+from uapi.backend import DEV_IOMMU
+from uapi.linux import LinuxFile, read_status
+
+#: What poll asks for.
+POLL_EVENTS = select.POLLIN | select.POLLOUT | select.POLLRDNORM
+
+
+class Door(Protocol):
+    """A kernel, by descriptors; errors are negative errnos."""
+
+    def open(self) -> int: ...
+
+    def ioctl(self, fd: int, request: int, address: int) -> int: ...
+
+    def read(self, fd: int, count: int) -> bytes | int: ...
+
+    def write(self, fd: int, data: bytes) -> int: ...
+
+    def poll(self, fd: int) -> int: ...
+
+    def close(self, fd: int) -> int: ...
+
+    def mmap(self, fd: int, length: int, offset: int, prot: int, flags: int) -> Mapping | int: ...
+
+    def pinned(self) -> int:
+        """VmPin of this process in KiB."""
+
+
+_libc_ioctl = ctypes.CDLL(None, use_errno=True).ioctl
+_libc_ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
+
+
+class Mapping(Protocol):
+    """Pages of the kernel's, mapped."""
+
+    def read(self, offset: int, width: int) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class LinuxDoor:
+    """The kernel that runs this process."""
+
+    def open(self) -> int:
+        return os.open(DEV_IOMMU, os.O_RDWR | os.O_CLOEXEC)
+
+    def ioctl(self, fd: int, request: int, address: int) -> int:
+        result = int(_libc_ioctl(fd, request, address))
+        return result if result >= 0 else -ctypes.get_errno()
+
+    def read(self, fd: int, count: int) -> bytes | int:
+        try:
+            return os.read(fd, count)
+        except OSError as error:
+            return -(error.errno or 0)
+
+    def write(self, fd: int, data: bytes) -> int:
+        try:
+            return os.write(fd, data)
+        except OSError as error:
+            return -(error.errno or 0)
+
+    def poll(self, fd: int) -> int:
+        poller = select.poll()
+        poller.register(fd, POLL_EVENTS)
+        ready = poller.poll(0)
+        return ready[0][1] if ready else 0
+
+    def close(self, fd: int) -> int:
+        try:
+            os.close(fd)
+        except OSError as error:
+            return -(error.errno or 0)
+        return 0
+
+    def mmap(self, fd: int, length: int, offset: int, prot: int, flags: int) -> Mapping | int:
+        try:
+            return LinuxFile(fd, DEV_IOMMU).mmap(length, offset, prot, flags)
+        except OSError as error:
+            return -(error.errno or 0)
+
+    def pinned(self) -> int:
+        return read_status(os.getpid(), "VmPin")
