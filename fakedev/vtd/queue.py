@@ -63,18 +63,21 @@ class InvalidationQueue:
         memory = self._unit.memory
         words = memory.words
         in_ram = base + size <= memory.ram_size
+        wide = step == 32
         execute = self._execute
         while head != tail:
             at = base + head
             try:
                 if in_ram:
                     index = at >> 3
-                    upper = step == 32 and (words[index + 2] or words[index + 3])
-                    error = regs.IQEI_RESERVED if upper else execute(words[index], words[index + 1])
+                    if wide and (words[index + 2] or words[index + 3]):
+                        error = regs.IQEI_RESERVED
+                    else:
+                        error = execute(words[index], words[index + 1])
+                elif wide and (load_word(memory, at + 16) or load_word(memory, at + 24)):
+                    error = regs.IQEI_RESERVED
                 else:
-                    upper = step == 32 and (load_word(memory, at + 16) or load_word(memory, at + 24))
-                    low, high = load_word(memory, at), load_word(memory, at + 8)
-                    error = regs.IQEI_RESERVED if upper else execute(low, high)
+                    error = execute(load_word(memory, at), load_word(memory, at + 8))
             except BusAbort:
                 error = regs.IQEI_FETCH
             if error != _DONE:

@@ -88,6 +88,39 @@ class VtdUnit:
     (without it none of them answers).
     """
 
+    __slots__ = (
+        "_beyond",
+        "_completion_event",
+        "_fault_event",
+        "_fsts",
+        "_gsts",
+        "_iqh",
+        "_iqt",
+        "_legacy",
+        "_load",
+        "_on_fault",
+        "_page_requests",
+        "_protected",
+        "_queue",
+        "_root",
+        "_rtaddr",
+        "_services",
+        "_state",
+        "_warm",
+        "caps",
+        "contexts",
+        "downstream",
+        "format",
+        "host_address_bits",
+        "memory",
+        "mode",
+        "read",
+        "recorder",
+        "registers",
+        "scalable",
+        "tlb",
+    )
+
     def __init__(
         self,
         memory: PhysicalMemory,
@@ -114,7 +147,7 @@ class VtdUnit:
         self.contexts: dict[int, _Context] = {}
         self._warm: set[DmaPort] = set()
         self._on_fault = on_fault
-        self._state = _OFF
+        self._enter(_OFF)
         #: The translation table mode, latched with the root table; an invalid one counts as reserved.
         self.mode = regs.TTM_LEGACY
         self._root = 0
@@ -178,7 +211,7 @@ class VtdUnit:
         self.registers.reset()
         self.recorder.restart()
         self._queue.forget()
-        self._state = _OFF
+        self._enter(_OFF)
         self.mode = regs.TTM_LEGACY
         self._root = self.scalable.root = 0
         self._clear_caches()
@@ -218,7 +251,11 @@ class VtdUnit:
             self._clear_caches()
 
     def _set_state(self) -> None:
-        self._state = _PROTECTED if self._protected.enabled else self._unprotected_state()
+        self._enter(_PROTECTED if self._protected.enabled else self._unprotected_state())
+
+    def _enter(self, state: int) -> None:
+        self._state = state
+        self._legacy = state == _LEGACY
 
     def _unprotected_state(self) -> int:
         if not self._gsts.value & regs.TE:
@@ -288,7 +325,7 @@ class VtdUnit:
     def invalidate_iotlb(self, granularity: int, did: int, address: int, mask: int) -> None:
         """Forget translations of a domain: GLOBAL, DOMAIN, or 1 << mask pages at `address`."""
         length = 4096 << mask
-        if self.mode != regs.TTM_LEGACY:
+        if self.mode:  # not legacy
             self.scalable.invalidate_iotlb(granularity, did, address & -length, length)
         elif granularity == qi.SELECTIVE:
             self.tlb.clear_range(did, address & -length, length)
@@ -348,7 +385,7 @@ class VtdUnit:
         has been recorded.
         """
         self._warm.add(port)
-        if self._state != _LEGACY:
+        if not self._legacy:
             return IDENTITY if self._state == _OFF else self._translate_otherwise(port, pasid, address, length, access)
         rid = port.rid
         if pasid != NO_PASID:
@@ -377,11 +414,11 @@ class VtdUnit:
 
     def _translate_otherwise(self, port: DmaPort, pasid: int, address: int, length: int, access: int) -> Run:
         if self._state == _PROTECTED:
-            self._state = self._unprotected_state()
+            self._enter(self._unprotected_state())
             try:
                 return self.clip(self.translate(port, pasid, address, length, access), address)
             finally:
-                self._state = _PROTECTED
+                self._enter(_PROTECTED)
         try:
             self.check_mode()
             return self.scalable.translate(port.rid, pasid, address, length, access)
