@@ -8,12 +8,15 @@ One difference, on purpose: a transfer that would leave the device's buffer is d
 interrupt comes, no byte moves). QEMU logs it as a guest error and then copies beyond its own buffer.
 
 A DMA goes out in pieces that do not cross 4 KiB, as requests on the bus do: a piece that is refused reads as zeros, or
-is not written, and the others are carried out. The device has no status for it.
+is not written, and the others are carried out. The device has no status for it. While a piece waits in the IOMMU the
+run bit stays set, and stores to the DMA registers are ignored, as QEMU ignores them while it runs.
 """
 
 from __future__ import annotations
 
-from fakedev.dma import DmaAbort
+from functools import partial
+
+from fakedev.dma import DmaAbort, Outcome, Parked
 from fakedev.pci import Bar, PciFunction
 
 BAR_SIZE = 1 << 20
@@ -75,6 +78,8 @@ class Edu(PciFunction):
         self.status = 0
         self.irq_status = 0
         self.dma_registers = dict.fromkeys(_DMA_REGISTERS, 0)
+        #: While a piece of a transfer waits in the IOMMU.
+        self.waiting: Parked | None = None
 
     def load(self, offset: int, width: int) -> int:
         """A load of 4 or 8 bytes; all ones where there is no register of that width."""
@@ -94,7 +99,9 @@ class Edu(PciFunction):
     def store(self, offset: int, width: int, value: int) -> None:
         """A store of 4 or 8 bytes (a DMA register takes either; the upper half of a 4-byte store is zero)."""
         if offset >= 0x80:
-            if offset == REG_DMA_CMD:
+            if self.waiting is not None:
+                pass
+            elif offset == REG_DMA_CMD:
                 if value & DMA_RUN:
                     self.dma_registers[REG_DMA_CMD] = value
                     self._run_dma()
@@ -141,16 +148,35 @@ class Edu(PciFunction):
         source, target = registers[REG_DMA_SRC], registers[REG_DMA_DST]
         inside, outside = (source, target) if command & DMA_TO_PCI else (target, source)
         start = inside - DMA_START
-        if start >= 0 and start + count <= DMA_SIZE:
-            while count:
-                piece = min(count, 4096 - (outside & 4095))
+        if start < 0 or start + count > DMA_SIZE:
+            count = 0
+        self._move(outside, start, count)
+
+    def _move(self, outside: int, start: int, count: int) -> None:
+        """Move the rest of a transfer, and finish it unless a piece has to wait."""
+        command = self.dma_registers[REG_DMA_CMD]
+        while count:
+            piece = min(count, 4096 - (outside & 4095))
+            try:
                 self._transfer(outside, start, piece, command & DMA_TO_PCI)
-                outside = outside + piece & (1 << 64) - 1
-                start += piece
-                count -= piece
-        registers[REG_DMA_CMD] = command & ~DMA_RUN
+            except Parked as parked:
+                self.waiting = parked
+                parked.then(partial(self._resume, outside, start, count, piece))
+                return
+            outside = outside + piece & (1 << 64) - 1
+            start += piece
+            count -= piece
+        self.dma_registers[REG_DMA_CMD] = command & ~DMA_RUN
         if command & DMA_CMD_IRQ:
             self._raise(DMA_IRQ)
+
+    def _resume(self, outside: int, start: int, count: int, piece: int, outcome: Outcome) -> None:
+        self.waiting = None
+        if outcome != Outcome.RETRY:
+            if not self.dma_registers[REG_DMA_CMD] & DMA_TO_PCI:
+                self.buffer[start : start + piece] = bytes(piece)
+            outside, start, count = outside + piece & (1 << 64) - 1, start + piece, count - piece
+        self._move(outside, start, count)
 
     def _transfer(self, address: int, start: int, length: int, to_pci: int) -> None:
         end = start + length

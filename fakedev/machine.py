@@ -16,6 +16,9 @@ from collections.abc import Callable
 from fakedev.edu import Edu
 from fakedev.memory import BusAbort, PhysicalMemory
 from fakedev.pci import IO, MEM32, MEM64, PCI_MULTIFUNCTION, Bar, PciFunction, RootComplex
+from fakedev.smmuv3 import regs as smmuv3_regs
+from fakedev.smmuv3.regs import Features
+from fakedev.smmuv3.unit import SmmuV3
 from fakedev.vtd import regs
 from fakedev.vtd.unit import VtdUnit
 
@@ -23,16 +26,18 @@ from fakedev.vtd.unit import VtdUnit
 VTD_LEGACY_CAP = 0x00D2_008C_222F_0686
 VTD_LEGACY_ECAP = 0x0000_0000_00F0_0F4A
 VTD_BASE = 0xFED9_0000
+#: Where QEMU's `virt` machine has its SMMU.
+SMMU_BASE = 0x0905_0000
 
 
 class Mmio:
     """The registers that the processor reaches by address: `read` and `write` of 4 or 8 bytes."""
 
     def __init__(self) -> None:
-        self._windows: list[tuple[int, int, VtdUnit]] = []
+        self._windows: list[tuple[int, int, VtdUnit | SmmuV3]] = []
 
-    def add(self, base: int, unit: VtdUnit) -> None:
-        self._windows.append((base, base + regs.WINDOW_SIZE, unit))
+    def add(self, base: int, unit: VtdUnit | SmmuV3, size: int = regs.WINDOW_SIZE) -> None:
+        self._windows.append((base, base + size, unit))
 
     def read(self, address: int, width: int) -> int:
         """A load. BusAbort where there is no register window."""
@@ -54,7 +59,8 @@ class Machine:
     """A box: `memory`, `mmio`, `root` (the PCI functions), and what the firmware tells about its VT-d units.
 
     A kernel finds functions in `functions` (by address, ascending) and units in `vtd_units` ([(register base, rids)],
-    the DMAR table). `last_faults` holds the last refused DMAs in words, newest last.
+    the DMAR table) and `smmu_units` (the same, of the IORT table). `last_faults` holds the last refused DMAs in words,
+    newest last.
     """
 
     def __init__(self, name: str, memory: PhysicalMemory | None = None, kernel_arguments: str = "") -> None:
@@ -66,8 +72,12 @@ class Machine:
         self.root = RootComplex(self.memory)
         self.last_faults: deque[str] = deque(maxlen=16)
         #: For tests and tools: the units themselves. A driver uses `mmio`.
-        self.units: list[VtdUnit] = []
+        self.units: list[VtdUnit | SmmuV3] = []
         self.vtd_units: list[tuple[int, list[int]]] = []
+        self.smmu_units: list[tuple[int, list[int]]] = []
+        self._behind: dict[VtdUnit | SmmuV3, list[int]] = {}
+        #: Who gets (register base, name) of an SMMU's wired interrupts. The kernel sets it.
+        self.wired_sink: Callable[[int, str], None] | None = None
 
     @property
     def functions(self) -> list[PciFunction]:
@@ -93,17 +103,46 @@ class Machine:
 
     def add_vtd(self, base: int = VTD_BASE, cap: int = VTD_LEGACY_CAP, ecap: int = VTD_LEGACY_ECAP) -> VtdUnit:
         """A VT-d unit with its registers at `base`."""
-        unit = VtdUnit(self.memory, cap, ecap, send_interrupt=self.root.interrupt, on_fault=self.last_faults.append)
+        unit = VtdUnit(
+            self.memory,
+            cap,
+            ecap,
+            send_interrupt=self.root.interrupt,
+            on_fault=self.last_faults.append,
+            downstream=self.root,
+        )
         self.mmio.add(base, unit)
         self.units.append(unit)
-        self.vtd_units.append((base, []))
+        self._behind[unit] = []
+        self.vtd_units.append((base, self._behind[unit]))
         return unit
 
-    def add(self, function: PciFunction, unit: VtdUnit | None = None) -> PciFunction:
+    def add_smmu(self, base: int = SMMU_BASE, features: Features | None = None) -> SmmuV3:
+        """An SMMUv3 with its registers at `base`."""
+
+        def wired(name: str) -> None:
+            if self.wired_sink is not None:
+                self.wired_sink(base, name)
+
+        unit = SmmuV3(
+            self.memory,
+            features,
+            send_interrupt=self.root.interrupt,
+            wired=wired,
+            downstream=self.root,
+            on_fault=self.last_faults.append,
+        )
+        self.mmio.add(base, unit, smmuv3_regs.WINDOW_SIZE)
+        self.units.append(unit)
+        self._behind[unit] = []
+        self.smmu_units.append((base, self._behind[unit]))
+        return unit
+
+    def add(self, function: PciFunction, unit: VtdUnit | SmmuV3 | None = None) -> PciFunction:
         """Plug a function in, behind `unit` or behind none."""
         self.root.add(function, unit).dma.on_abort = self.last_faults.append
         if unit is not None:
-            self.vtd_units[self.units.index(unit)][1].append(function.rid)
+            self._behind[unit].append(function.rid)
         return function
 
     @property

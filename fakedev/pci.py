@@ -4,17 +4,35 @@ Mirrors the PCI Local Bus specification 3.0, chapter 6 (type-0 headers, BAR sizi
 implements it: which bits of the command register can be set, that bytes behind the header which no capability claims
 are plain storage, that an access beyond the end reads as ones.
 
-Left out: bridges and secondary buses, MSI-X, PCI Express extended configuration space, power management, expansion
-ROMs. A function without a reset of its own has an empty `reset_methods`, as QEMU's `edu` has.
+A function with 4096 bytes of configuration space has extended capabilities too (PCI Express 7.6); which there are is in
+fakedev/pcie.py.
+
+Left out: MSI-X, power management, expansion ROMs, changes of bus numbers and of bridges' windows. A function without a
+reset of its own has an empty `reset_methods`, as QEMU's `edu` has.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Protocol
 
-from fakedev.dma import DmaAbort, DmaPort, IommuHardware
+from fakedev.dma import (
+    MSI_END,
+    MSI_START,
+    READ,
+    WRITE,
+    DmaAbort,
+    DmaPort,
+    IommuHardware,
+    Outcome,
+    Parked,
+    Run,
+    TranslationFault,
+)
 from fakedev.memory import BusAbort, PhysicalMemory
+from fakedev.tlp import AtsEndpoint, Invalidation, PageResponse
 
 # Offsets and bits of the header (uapi/linux/pci_regs.h).
 PCI_VENDOR_ID, PCI_DEVICE_ID, PCI_COMMAND, PCI_STATUS = 0x00, 0x02, 0x04, 0x06
@@ -34,7 +52,13 @@ _COMMAND_WRITABLE = (
 )
 _STATUS_CLEARED_BY_ONES = 0xF900
 _HEADER_SIZE = 0x40
+#: Where extended capabilities begin, and the size of a space that has them.
+PCI_EXT_CAP_START, PCI_EXT_CONFIG_SIZE = 0x100, 0x1000
 _ADDRESS = re.compile(r"([0-9a-f]{4}):([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])")
+
+# Of PCI Express and of access control services, by fakedev/pcie.py: what routing asks for.
+_TYPE_UPSTREAM, _TYPE_PCI_BRIDGE = 5, 7
+_ACS_SOURCE_VALIDATION, _ACS_REQUEST_REDIRECT = 1, 4
 
 MEM32, MEM64, IO = "mem32", "mem64", "io"
 
@@ -147,19 +171,42 @@ class MsiCapability:
         """Send the interrupt, if MSI is on and the function may master the bus."""
         if self.enabled:
             data = self.data & ~(self.enabled_vectors - 1) | vector
-            try:
-                self._function.dma.write(self.address, data.to_bytes(4, "little"))
-            except DmaAbort:
-                pass  # a posted write: the function never hears of it
+            self._send(self.address, data.to_bytes(4, "little"))
+
+    def _send(self, address: int, data: bytes, outcome: Outcome = Outcome.RETRY) -> None:
+        """A posted write: the function never hears what becomes of it. Where the IOMMU stalls it, it goes later."""
+        if outcome != Outcome.RETRY:
+            return
+        try:
+            self._function.dma.write(address, data)
+        except DmaAbort:
+            pass
+        except Parked as parked:
+            parked.then(partial(self._send, address, data))
+
+
+class AcsRegisters(Protocol):
+    """PCI_ACS_* bits: what a function can, and what is on."""
+
+    @property
+    def supported(self) -> int: ...
+    @property
+    def control(self) -> int: ...
 
 
 class PciFunction:
-    """A type-0 function.
+    """A type-0 function (type 1: fakedev/bridge.py).
 
     `bars` lists up to six entries (None where there is no BAR; the slot after a MEM64 stays None). `addresses` are what
     the firmware assigned. `config` is the space itself: read it freely, change it through `config_write`.
     """
 
+    #: Of a bridge: the buses behind it. 0: the function is no bridge.
+    secondary = subordinate = 0
+    #: What PCI Express calls it (PCI_EXP_TYPE_*); None for a function of conventional PCI.
+    express_type: int | None = None
+    #: Its access control services, if it has any.
+    acs: AcsRegisters | None = None
     #: Names of the resets that the function has ("flr", "af_flr", "pm"); sysfs' `reset_method`.
     reset_methods: tuple[str, ...] = ()
 
@@ -187,13 +234,19 @@ class PciFunction:
         self.config = bytearray(config_size)
         self.msi: MsiCapability | None = None
         self.dma: DmaPort
+        #: Who takes invalidations and page responses, if the function has address translation services.
+        self.ats: AtsEndpoint | None = None
         self.root: RootComplex | None = None
         #: What the function asserts, and what leaves it (INTx Disable stands between).
         self.intx_level = False
         self.memory_enabled = False
-        self._writable = bytearray(_HEADER_SIZE) + b"\xff" * (config_size - _HEADER_SIZE)
+        self._writable = bytearray(_HEADER_SIZE) + b"\xff" * (min(config_size, PCI_EXT_CAP_START) - _HEADER_SIZE)
+        self._writable += bytes(config_size - len(self._writable))
         self._cleared = bytearray(config_size)
         self._last_capability = PCI_CAPABILITY_LIST
+        self._last_extended = 0
+        self._watches: list[tuple[int, int, Callable[[], None]]] = []
+        self._at_reset: list[Callable[[], None]] = []
         self._windows: dict[int, int] = {}
 
         def put(offset: int, width: int, value: int, writable: int = 0, cleared: int = 0) -> None:
@@ -219,6 +272,11 @@ class PciFunction:
                 put(PCI_BASE_ADDRESS_0 + 4 * index, width, assigned[index] | bar.type_bits, writable)
         self._reset_state = bytes(self.config)
 
+    def set_multifunction(self) -> None:
+        """Say in the header that the slot has more functions."""
+        self.config[PCI_HEADER_TYPE] |= PCI_MULTIFUNCTION
+        self._reset_state = bytes(self.config)
+
     # -- capabilities ------------------------------------------------------------------------------------------------
 
     def add_capability(self, cap_id: int, offset: int, body: bytes, writable: bytes) -> None:
@@ -233,6 +291,35 @@ class PciFunction:
         self._last_capability = offset
         self.config[PCI_STATUS] |= PCI_STATUS_CAP_LIST
         self._reset_state = bytes(self.config)
+
+    def add_extended_capability(
+        self, cap_id: int, version: int, offset: int, body: bytes, writable: bytes, cleared: bytes = b""
+    ) -> None:
+        """Put an extended capability at `offset`: `body` follows its four-byte header.
+
+        `writable` and `cleared` (by writing ones) mask the bytes of `body`. The first one is at 0x100. ValueError.
+        """
+        end = offset + 4 + len(body)
+        if len(body) != len(writable) or offset % 4 or end > self.config_size:
+            raise ValueError(f"{self.address}: no extended capability of {len(body) + 4} bytes fits at {offset:#x}")
+        if (offset == PCI_EXT_CAP_START) == bool(self._last_extended):
+            raise ValueError(f"{self.address}: the first extended capability is at 0x100, and only that")
+        self.config[offset:end] = (version << 16 | cap_id).to_bytes(4, "little") + body
+        self._writable[offset:end] = bytes(4) + writable
+        self._cleared[offset:end] = bytes(4) + cleared.ljust(len(body), b"\0")
+        if self._last_extended:
+            link = self._last_extended + 2
+            self.config[link : link + 2] = (self.config[link] & 15 | offset << 4).to_bytes(2, "little")
+        self._last_extended = offset
+        self._reset_state = bytes(self.config)
+
+    def watch_config(self, offset: int, length: int, changed: Callable[[], None]) -> None:
+        """Call `changed` after every configuration store that touches [offset, offset + length)."""
+        self._watches.append((offset, offset + length, changed))
+
+    def at_reset(self, callback: Callable[[], None]) -> None:
+        """Call `callback` whenever the function has been reset."""
+        self._at_reset.append(callback)
 
     def add_msi(self, offset: int, vectors_lg2: int = 0) -> None:
         """Give the function the MSI capability with 1 << vectors_lg2 vectors, 64-bit, without masking."""
@@ -261,6 +348,9 @@ class PciFunction:
             self._command_changed()
         if offset < PCI_BASE_ADDRESS_0 + 24 and end > PCI_BASE_ADDRESS_0:
             self._place_bars()
+        for start, stop, changed in self._watches:
+            if offset < stop and end > start:
+                changed()
 
     def _command_changed(self) -> None:
         command = self.config_read(PCI_COMMAND, 2)
@@ -293,6 +383,10 @@ class PciFunction:
         width = 8 if bar.kind == MEM64 else 4
         value = int.from_bytes(self.config[PCI_BASE_ADDRESS_0 + 4 * index :][:width], "little")
         return value & -bar.size
+
+    def decoded(self) -> list[tuple[int, int]]:
+        """(address, size) of the memory BARs that answer now."""
+        return [(base, bar.size) for index, base in self._windows.items() if (bar := self.bars[index]) is not None]
 
     def _place_bars(self) -> None:
         if self.root is None:
@@ -329,6 +423,8 @@ class PciFunction:
         self.set_intx(False)
         self.reset_device()
         self._command_changed()
+        for callback in self._at_reset:
+            callback()
 
     def reset_device(self) -> None:
         """Reset what lies behind the BARs. For subclasses."""
@@ -337,12 +433,22 @@ class PciFunction:
         return f"<{type(self).__name__} {self.address}>"
 
 
+class _Refusal:
+    """Where requests end that a bridge does not let through."""
+
+    def translate(self, _port: DmaPort, _pasid: int, _address: int, _length: int, _access: int) -> Run:
+        raise TranslationFault
+
+
 class RootComplex:
     """Where functions meet memory, their IOMMU and the interrupt controller."""
 
-    def __init__(self, memory: PhysicalMemory) -> None:
+    def __init__(self, memory: PhysicalMemory, msi_window: tuple[int, int] = (MSI_START, MSI_END)) -> None:
         self.memory = memory
+        #: Untranslated writes here are interrupts. (0, 0) where interrupts are writes to memory as any others.
+        self.msi_window = msi_window
         self.functions: dict[int, PciFunction] = {}
+        self._behind_bridges: list[DmaPort] = []
         #: Given by the kernel: gets (address, data) of every MSI.
         self.interrupt_sink: Callable[[int, int], None] | None = None
         #: Given by the kernel: gets a function whose `intx_asserted` may have changed.
@@ -353,8 +459,73 @@ class RootComplex:
         if function.rid in self.functions:
             raise ValueError(f"two functions at {function.address}")
         self.functions[function.rid] = function
-        function.attach(self, DmaPort(function.rid, self.memory, iommu, self.interrupt))
+        port = DmaPort(self.requester_id(function), self.memory, iommu, self.interrupt, self.msi_window)
+        self._connect(function, port)
+        function.attach(self, port)
         return function
+
+    # -- the tree ----------------------------------------------------------------------------------------------------
+
+    def upstream(self, function: PciFunction) -> list[PciFunction]:
+        """The bridges between a function and the root, nearest first; none for a function on bus 0."""
+        found: list[PciFunction] = []
+        bus = function.rid >> 8
+        while bus:
+            above = next((bridge for bridge in self.functions.values() if bridge.secondary == bus), None)
+            if above is None or above in found:
+                return []
+            found.append(above)
+            bus = above.rid >> 8
+        return found
+
+    def requester_id(self, function: PciFunction) -> int:
+        """What the IOMMU sees: the function's own id, or that of the bridge that takes its requests over."""
+        rid = function.rid
+        for bridge in self.upstream(function):
+            if bridge.express_type == _TYPE_PCI_BRIDGE:
+                rid = bridge.secondary << 8
+        return rid
+
+    def port_below(self, function: PciFunction, rid: int) -> DmaPort:
+        """A second port where `function` is plugged in, for requests that say they are of `rid`.
+
+        Nobody believes them behind a port with ACS Source Validation on: every request is refused.
+        """
+        iommu = function.dma.iommu
+        for bridge in self.upstream(function):
+            inside = bridge.secondary <= rid >> 8 <= bridge.subordinate
+            if bridge.acs is not None and bridge.acs.control & _ACS_SOURCE_VALIDATION and not inside:
+                iommu = _Refusal()
+            if bridge.express_type == _TYPE_PCI_BRIDGE:
+                rid = bridge.secondary << 8
+        port = DmaPort(rid, self.memory, iommu, self.interrupt, self.msi_window)
+        self._connect(function, port)
+        return port
+
+    def _connect(self, function: PciFunction, port: DmaPort) -> None:
+        if self.upstream(function):
+            port.peer = lambda address: self._peer(function, address)
+            self._behind_bridges.append(port)
+
+    def _peer(self, function: PciFunction, address: int) -> Run | None:
+        """The run of a request that a switch or a conventional bus gives to a peer, without asking the root complex."""
+        below = function
+        for bridge in self.upstream(function):
+            conventional = bridge.express_type in (None, _TYPE_PCI_BRIDGE)
+            redirected = below.acs is not None and below.acs.control & _ACS_REQUEST_REDIRECT
+            if conventional or (bridge.express_type == _TYPE_UPSTREAM and not redirected):
+                for peer in self.functions.values():
+                    if bridge.secondary <= peer.rid >> 8 <= bridge.subordinate and peer is not function:
+                        for base, size in peer.decoded():
+                            if base <= address < base + size:
+                                return base, base + size, 0, READ | WRITE
+            below = bridge
+        return None
+
+    def forget_routes(self) -> None:
+        """What leads where has changed: ports behind bridges look again."""
+        for port in self._behind_bridges:
+            port.forget()
 
     def interrupt(self, address: int, data: int) -> None:
         """A message signalled interrupt arrived."""
@@ -365,13 +536,25 @@ class RootComplex:
         if self.intx_sink is not None:
             self.intx_sink(function)
 
+    def invalidate(self, rid: int, request: Invalidation) -> bool:
+        """Carry an invalidation request to a function's device TLB; False if it is not completed."""
+        function = self.functions.get(rid)
+        return function is not None and function.ats is not None and function.ats.invalidate(request)
+
+    def respond(self, rid: int, response: PageResponse) -> bool:
+        """Carry a page request group response to a function; False if nobody takes it."""
+        function = self.functions.get(rid)
+        return function is not None and function.ats is not None and function.ats.respond(response)
+
     def map(self, base: int, size: int, window: RegisterWindow) -> bool:
         """Route [base, base + size) to a BAR; False where something else answers already, as on a real bus."""
         try:
             self.memory.add_window(base, size, window)
         except ValueError:
             return False
+        self.forget_routes()
         return True
 
     def unmap(self, base: int) -> None:
         self.memory.remove_window(base)
+        self.forget_routes()

@@ -16,18 +16,15 @@ from collections.abc import Mapping
 
 from fakedev.dma import Run
 
-#: Sizes of the pages that are cached as one entry, largest first, as log2.
-_LARGE = (30, 21)
-
 
 class _Tagged:
-    """The entries of one tag: 4 KiB pages, by the 2 MiB block that they lie in; and large pages."""
+    """The entries of one tag: 4 KiB pages, by the 2 MiB block that they lie in; and larger ones, by log2 of size."""
 
     __slots__ = ("blocks", "large")
 
     def __init__(self) -> None:
         self.blocks: dict[int, dict[int, Run]] = {}
-        self.large: dict[int, dict[int, Run]] = {lg2: {} for lg2 in _LARGE}
+        self.large: dict[int, dict[int, Run]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self.blocks.values())) + sum(map(len, self.large.values()))
@@ -51,6 +48,24 @@ class Tlb:
     def count(self, tag: int) -> int:
         """Live entries of one tag."""
         return len(self._tags.get(tag, ()))
+
+    def tags(self) -> list[int]:
+        """The tags that have entries."""
+        return list(self._tags)
+
+    def runs(self, tag: int, start: int, length: int) -> list[Run]:
+        """The entries of a tag that reach into [start, start + length), each once."""
+        tagged = self._tags.get(tag)
+        if tagged is None:
+            return []
+        last = start + length - 1
+        found: dict[Run, None] = {}
+        for block in _between(tagged.blocks, start >> 21, last >> 21):
+            pages = tagged.blocks[block]
+            found.update(dict.fromkeys(pages[number] for number in _between(pages, start >> 12, last >> 12)))
+        for lg2, entries in tagged.large.items():
+            found.update(dict.fromkeys(entries[number] for number in _between(entries, start >> lg2, last >> lg2)))
+        return list(found)
 
     def lookup(self, tag: int, address: int) -> Run | None:
         """The entry that holds `address`."""
@@ -79,8 +94,9 @@ class Tlb:
             tagged = self._tags[tag] = _Tagged()
         start, end, delta, allowed = run
         if lg2 > 12:
-            self.slots += start >> lg2 not in tagged.large[lg2]
-            tagged.large[lg2][start >> lg2] = run
+            entries = tagged.large.setdefault(lg2, {})
+            self.slots += start >> lg2 not in entries
+            entries[start >> lg2] = run
         else:
             pages = tagged.blocks.setdefault(start >> 21, {})
             first = start >> 12

@@ -13,7 +13,9 @@ from uapi.version import NEWEST
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("run", help="run a program, unmodified, on the model", description=__doc__)
-    parser.add_argument("--machine", default="q35-vtd-legacy", metavar="NAME", help="the hardware: %(default)s")
+    parser.add_argument(
+        "--machine", default="q35-vtd-legacy", metavar="NAME", help="the hardware, or a file .toml: %(default)s"
+    )
     parser.add_argument("--version", default=NEWEST, metavar="V", help="the release of the kernel: %(default)s")
     parser.add_argument(
         "--bind",

@@ -111,7 +111,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("tests", nargs="*", metavar="TESTID", help="areas, files or test ids (default: all)")
     parser.add_argument("--on", choices=("model", "linux", "vm"), default="model", help="what to test (default: model)")
-    parser.add_argument("--machine", default=DEFAULT_MACHINE, help=f"the machine (default: {DEFAULT_MACHINE})")
+    parser.add_argument(
+        "--machine", default=DEFAULT_MACHINE, help=f"the machine, or a file .toml (default: {DEFAULT_MACHINE})"
+    )
     parser.add_argument(
         "--kernel", metavar="VERSION", help=f"the model's release (default: {DEFAULT_VERSION}), or a cached image's"
     )
@@ -177,7 +179,9 @@ def run(args: argparse.Namespace) -> int:
         directory = Path(scratch)
         launch: Launch
         if args.on == "model":
-            options = {"machine": args.machine, "version": args.kernel or DEFAULT_VERSION}
+            # pytest runs elsewhere, so the path of a machine file has to be whole.
+            machine = os.path.abspath(args.machine) if args.machine.endswith(".toml") else args.machine
+            options = {"machine": machine, "version": args.kernel or DEFAULT_VERSION}
             if args.dmabuf_get != "fd":
                 options["dmabuf_get"] = args.dmabuf_get
             check_model(options)

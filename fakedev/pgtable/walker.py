@@ -1,29 +1,62 @@
 """One reader for all page table formats: the hardware's walk.
 
 `walk` goes from a root to the leaf that holds an address and says how it ended. The walk reads memory, never a driver's
-objects; what it finds is what the words say. `explain` is the same walk in words, for people.
+objects; what it finds is what the words say. It loads through a function, so that the tables of a first stage can be
+read through a second; what that function raises, but BusAbort, passes through. `explain` is the same walk in words.
+
+The walk judges presence, reserved bits and widths, not permission: the caller compares `Walk.rights` with what its
+request needs (`fakedev.pgtable.format.NEEDED`).
+
+With `update` the walk keeps accessed and dirty bits as the hardware does: it sets the accessed bit of every item it
+uses, and the dirty bit of the leaf if `needed` has a right to write and the path allows all of `needed`.
 """
 
 from __future__ import annotations
 
-from fakedev.memory import BusAbort, PhysicalMemory
-from fakedev.pgtable.format import LEAF, TABLE, PageTableFormat
+from collections.abc import Callable
+from typing import TypeAlias
 
-#: How a walk ended.
-MAPPED, NOT_PRESENT, RESERVED_BITS, FETCH_FAILED = range(4)
+from fakedev.memory import BusAbort, PhysicalMemory
+from fakedev.pgtable.format import ALL_RIGHTS, LEAF, TABLE, WRITES, PageTableFormat, rights_in_words
+
+#: How a walk ended. ADDRESS_SIZE and ACCESSED are Arm's; FETCH_FAILED: no memory answers at `item_pa`.
+MAPPED, NOT_PRESENT, RESERVED_BITS, FETCH_FAILED, ADDRESS_SIZE, ACCESSED = range(6)
+
+#: `load(pa)`: the 64-bit word at an aligned address. BusAbort.
+Load: TypeAlias = Callable[[int], int]
+#: `update(pa, old, new)`: compare and swap; the word that was there. BusAbort.
+Update: TypeAlias = Callable[[int, int, int], int]
 
 
 class Walk:
-    """The end of a walk: `outcome`, the `item` there at `item_pa` of `level`, and READ | WRITE that the path allows."""
+    """The end of a walk: `outcome`, and the `item` there at `item_pa` of `level`.
 
-    __slots__ = ("item", "item_pa", "level", "outcome", "permissions")
+    Where it is MAPPED: the `rights` of the path, the `output` address of the address walked for, and `lg2`, the log2
+    of the page around it. `cacheable` are the rights that a cache may hold: those to write are missing as long as the
+    leaf's dirty bit has to be set by the next write, which must walk again.
+    """
 
-    def __init__(self, outcome: int, level: int, item_pa: int, item: int, permissions: int) -> None:
+    __slots__ = ("cacheable", "item", "item_pa", "level", "lg2", "outcome", "output", "rights")
+
+    def __init__(
+        self,
+        outcome: int,
+        level: int,
+        item_pa: int,
+        item: int,
+        rights: int = 0,
+        lg2: int = 0,
+        output: int = 0,
+        cacheable: int = 0,
+    ) -> None:
         self.outcome = outcome
         self.level = level
         self.item_pa = item_pa
         self.item = item
-        self.permissions = permissions
+        self.rights = rights
+        self.lg2 = lg2
+        self.output = output
+        self.cacheable = cacheable
 
 
 def load_word(memory: PhysicalMemory, pa: int) -> int:
@@ -33,54 +66,143 @@ def load_word(memory: PhysicalMemory, pa: int) -> int:
     return int.from_bytes(memory.read(pa, 8), "little")
 
 
-def walk(fmt: PageTableFormat, memory: PhysicalMemory, root: int, top_level: int, address: int) -> Walk:
-    """Walk from the table at `root`, which is of `top_level`, to the leaf of `address`."""
-    permissions = 3
+def loader(memory: PhysicalMemory) -> Load:
+    """`load_word` for one memory."""
+    words, ram_size, read = memory.words, memory.ram_size, memory.read
+
+    def load(pa: int) -> int:
+        if pa + 8 <= ram_size:
+            return words[pa >> 3]
+        return int.from_bytes(read(pa, 8), "little")
+
+    return load
+
+
+def updater(memory: PhysicalMemory) -> Update:
+    """Compare and swap of a 64-bit word of one memory."""
+
+    def update(pa: int, old: int, new: int) -> int:
+        there = load_word(memory, pa)
+        if there == old:
+            memory.write(pa, new.to_bytes(8, "little"))
+        return there
+
+    return update
+
+
+def walk(
+    fmt: PageTableFormat,
+    load: Load,
+    root: int,
+    top_level: int,
+    address: int,
+    needed: int = 0,
+    update: Update | None = None,
+) -> Walk:
+    """Walk from the table at `root`, which is of `top_level`, to the leaf of `address`.
+
+    The caller has checked that `address` is one that the tables can hold; bits above the root's are ignored.
+    """
+    rights = ALL_RIGHTS
     table = root
     level = top_level
+    bits = fmt.index_bits
+    shift = fmt.granule_lg2 + bits * level
+    mask = (1 << (fmt.root_index_bits or bits)) - 1
+    plain_mask, plain_value, address_mask = fmt.plain_mask, fmt.plain_value, fmt.address_mask
     while True:
-        item_pa = table + ((address >> 12 + 9 * level & 511) << 3)
+        item_pa = table + ((address >> shift & mask) << 3)
         try:
-            item = load_word(memory, item_pa)
+            item = load(item_pa)
         except BusAbort:
-            return Walk(FETCH_FAILED, level, item_pa, 0, 0)
+            return Walk(FETCH_FAILED, level, item_pa, 0)
+        mask = (1 << bits) - 1
+        if level:
+            if item & plain_mask == plain_value:
+                table = item & address_mask
+                level -= 1
+                shift -= bits
+                continue
+        elif item & fmt.plain_leaf_mask == fmt.plain_leaf_value and rights == ALL_RIGHTS:
+            output = item & address_mask | address & (1 << shift) - 1
+            return Walk(MAPPED, 0, item_pa, item, fmt.plain_leaf_rights, shift, output, fmt.plain_leaf_rights)
         kind = fmt.kind(item, level)
         if kind != TABLE and kind != LEAF:
-            return Walk(NOT_PRESENT, level, item_pa, item, 0)
+            return Walk(NOT_PRESENT, level, item_pa, item)
         if fmt.reserved(item, level):
-            return Walk(RESERVED_BITS, level, item_pa, item, 0)
-        permissions &= fmt.permissions(item)
+            return Walk(ADDRESS_SIZE if fmt.reserved_is_address_size else RESERVED_BITS, level, item_pa, item)
         if kind == LEAF:
-            return Walk(MAPPED, level, item_pa, item, permissions)
-        table = item & fmt.address_mask
-        level -= 1
+            if fmt.accessed_fault(item, level):
+                return Walk(ACCESSED, level, item_pa, item)
+            break
+        if update is not None:
+            item = _update(fmt, update, item_pa, item, level, fmt.with_accessed(item, level))
+            if item < 0:
+                return walk(fmt, load, root, top_level, address, needed, update)
+        rights &= fmt.rights(item, level)
+        following = fmt.next_level(item, level, address)
+        if following < 0:
+            return Walk(NOT_PRESENT, level, item_pa, item)
+        table = fmt.table_address(item, level)
+        level = following
+        shift = fmt.granule_lg2 + bits * level
+    allowed = fmt.settle(rights & fmt.rights(item, level))
+    cacheable = allowed
+    if update is not None:
+        new = fmt.with_accessed(item, level)
+        if needed & WRITES and needed & allowed == needed:
+            new = fmt.with_dirty(new, level)
+        item = _update(fmt, update, item_pa, item, level, new)
+        if item < 0:
+            return walk(fmt, load, root, top_level, address, needed, update)
+        if fmt.with_dirty(item, level) != item:
+            cacheable = allowed & ~WRITES
+    return Walk(
+        MAPPED, level, item_pa, item, allowed, fmt.leaf_lg2(item, level), fmt.output(item, level, address), cacheable
+    )
 
 
-def explain(fmt: PageTableFormat, memory: PhysicalMemory, root: int, top_level: int, address: int) -> list[str]:
+def _update(fmt: PageTableFormat, update: Update, item_pa: int, item: int, level: int, new: int) -> int:
+    """Turn `item` into `new`; the new item, or -1 if another agent changed it meanwhile."""
+    if new == item:
+        return item
+    return new if update(item_pa, item, new) == item else -1
+
+
+def explain(fmt: PageTableFormat, load: Load, root: int, top_level: int, address: int) -> list[str]:
     """The same walk, a line an item."""
     lines = []
-    table = root
-    for level in range(top_level, -1, -1):
-        index = address >> fmt.item_lg2(level) & (1 << fmt.index_bits) - 1
+    table, level = root, top_level
+    bits = fmt.root_index_bits or fmt.index_bits
+    while True:
+        index = address >> fmt.item_lg2(level) & (1 << bits) - 1
+        bits = fmt.index_bits
         try:
-            item = load_word(memory, table + 8 * index)
+            item = load(table + 8 * index)
         except BusAbort:
             lines.append(f"level {level} table {table:#x}: nothing answers there")
             break
         kind = fmt.kind(item, level)
-        allowed = "".join(name for bit, name in ((1, "R"), (2, "W")) if fmt.permissions(item) & bit) or "-"
+        allowed = rights_in_words(fmt.rights(item, level), fmt.letters)
         where = f"level {level} table {table:#x}[{index}] = {item:#018x}"
         reserved = fmt.reserved(item, level)
         if kind == TABLE:
-            lines.append(f"{where}: table {item & fmt.address_mask:#x}, {allowed}")
+            lines.append(f"{where}: table {fmt.table_address(item, level):#x}, {allowed}")
         elif kind == LEAF:
-            base = item & fmt.address_mask & -(1 << fmt.item_lg2(level))
-            lines.append(f"{where}: page of {1 << fmt.item_lg2(level):#x} bytes at {base:#x}, {allowed}")
+            lg2 = fmt.leaf_lg2(item, level)
+            base = fmt.output(item, level, address) & -(1 << lg2)
+            lines.append(f"{where}: page of {1 << lg2:#x} bytes at {base:#x}, {allowed}")
+            if fmt.accessed_fault(item, level):
+                lines.append("  accessed flag clear")
         else:
             lines.append(f"{where}: not present")
-        if reserved:
-            lines.append(f"  reserved bits set: {reserved:#x}")
+        if reserved and kind in (TABLE, LEAF):
+            what = "output address too wide" if fmt.reserved_is_address_size else "reserved bits set"
+            lines.append(f"  {what}: {reserved:#x}")
         if kind != TABLE or reserved:
             break
-        table = item & fmt.address_mask
+        table, level = fmt.table_address(item, level), fmt.next_level(item, level, address)
+        if level < 0:
+            lines.append("  the address has bits set that this pointer skips")
+            break
     return lines

@@ -1,20 +1,23 @@
-"""Fault reasons of VT-d's legacy mode, and the recording of faults.
+"""Fault reasons of VT-d, and the recording of faults.
 
-Mirrors the VT-d specification: table 30 in 7.1.3 for the reasons, 7.2 for the fault recording registers, 7.3 for the
-event. Left out: advanced fault logging (no capability offers it), page requests.
+Mirrors the VT-d specification, revision 5.10: table 30 in 7.1.3 for the reasons and what each kind of request gets for
+them, table 15 in 5.1.4.1 for interrupts, 7.2 for the fault recording registers. Left out: the reasons of host
+permission tables and of posted interrupts, which no capability offers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fakedev.dma import EXECUTE, NO_PASID, PRIVILEGED, READ, WRITE
 from fakedev.vtd import regs
 
 if TYPE_CHECKING:
     from fakedev.dma import DmaRequest
     from fakedev.reg import RegisterFile
+    from fakedev.vtd.events import Event
 
+# Legacy mode.
 ROOT_NOT_PRESENT = 0x1
 CONTEXT_NOT_PRESENT = 0x2
 CONTEXT_INVALID = 0x3
@@ -27,9 +30,72 @@ CONTEXT_TABLE_ERROR = 0x9
 ROOT_RESERVED = 0xA
 CONTEXT_RESERVED = 0xB
 PAGE_TABLE_RESERVED = 0xC
+TRANSLATION_BLOCKED = 0xD
 INTERRUPT_RANGE = 0xE
+# Interrupt remapping.
+IR_REQUEST_RESERVED = 0x20
+IR_INDEX_BEYOND = 0x21
+IR_NOT_PRESENT = 0x22
+IR_TABLE_ERROR = 0x23
+IR_RESERVED = 0x24
+IR_COMPATIBILITY_BLOCKED = 0x25
+IR_SOURCE_REFUSED = 0x26
+# The root-table address register.
 ROOT_ADDRESS_INVALID = 0x30
 PASID_IN_LEGACY_MODE = 0x31
+PAGE_REQUEST_IN_LEGACY_MODE = 0x32
+ABORT_MODE = 0x33
+EXECUTE_REQUESTED = 0x34
+# Scalable mode: root, context, PASID directory, PASID table.
+SM_ROOT_TABLE_ERROR = 0x38
+SM_ROOT_NOT_PRESENT = 0x39
+SM_ROOT_RESERVED = 0x3A
+SM_CONTEXT_TABLE_ERROR = 0x40
+SM_CONTEXT_NOT_PRESENT = 0x41
+SM_CONTEXT_RESERVED = 0x42
+SM_CONTEXT_INVALID = 0x43
+SM_DEVICE_TLB_DISABLED = 0x44
+SM_PASID_DISABLED = 0x45
+SM_PASID_BEYOND_DIRECTORY = 0x46
+SM_PAGE_REQUEST_DISABLED = 0x47
+SM_PASID_IS_RID_PASID = 0x48
+SM_TRANSLATED_PASID_DISABLED = 0x49
+DIRECTORY_ERROR = 0x50
+DIRECTORY_NOT_PRESENT = 0x51
+DIRECTORY_RESERVED = 0x52
+PASID_TABLE_ERROR = 0x58
+PASID_NOT_PRESENT = 0x59
+PASID_RESERVED = 0x5A
+PASID_INVALID = 0x5B
+PASID_NO_EXECUTE = 0x5C
+PASID_NO_SUPERVISOR = 0x5D
+# First stage.
+FS_TABLE_ERROR = 0x70
+FS_NOT_PRESENT = 0x71
+FS_RESERVED = 0x72
+FS_ROOT_ERROR = 0x73
+FS_BEYOND_SECOND_STAGE = 0x74
+FS_ROOT_NOT_READABLE = 0x75
+FS_TABLE_NOT_READABLE = 0x76
+FS_TABLE_NOT_WRITABLE = 0x77
+FS_UPDATE_WITHOUT_SNOOP = 0x90
+FS_UPDATE_FAILED = 0x91
+# Second stage.
+SS_TABLE_ERROR = 0x78
+SS_NOT_PRESENT = 0x79
+SS_RESERVED = 0x7A
+SS_ROOT_ERROR = 0x7B
+SS_UPDATE_WITHOUT_SNOOP = 0x7C
+SS_UPDATE_FAILED = 0x7D
+# General.
+NOT_CANONICAL = 0x80
+NO_USER_PERMISSION = 0x81
+BEYOND_HOST_WIDTH = 0x83
+SM_BEYOND_ADDRESS_WIDTH = 0x84
+SM_NO_WRITE_PERMISSION = 0x85
+SM_NO_READ_PERMISSION = 0x86
+SM_INTERRUPT_RANGE = 0x87
+PASID_BEYOND_UNIT = 0x89
 
 REASONS = {
     ROOT_NOT_PRESENT: "present bit in root entry is clear",
@@ -44,12 +110,69 @@ REASONS = {
     ROOT_RESERVED: "reserved bits set in root entry",
     CONTEXT_RESERVED: "reserved bits set in context entry",
     PAGE_TABLE_RESERVED: "reserved bits set in page table entry",
+    TRANSLATION_BLOCKED: "translation type blocks translation and translated requests",
     INTERRUPT_RANGE: "address in the interrupt range",
+    IR_REQUEST_RESERVED: "reserved bits set in interrupt request",
+    IR_INDEX_BEYOND: "interrupt index beyond the table",
+    IR_NOT_PRESENT: "present bit in interrupt-remapping entry is clear",
+    IR_TABLE_ERROR: "interrupt-remapping table cannot be read",
+    IR_RESERVED: "reserved bits set in interrupt-remapping entry",
+    IR_COMPATIBILITY_BLOCKED: "interrupt in compatibility format is blocked",
+    IR_SOURCE_REFUSED: "interrupt-remapping entry is not for this source",
     ROOT_ADDRESS_INVALID: "invalid translation table mode",
     PASID_IN_LEGACY_MODE: "request with PASID in legacy mode",
+    PAGE_REQUEST_IN_LEGACY_MODE: "page request in legacy mode",
+    ABORT_MODE: "abort-DMA mode",
+    EXECUTE_REQUESTED: "execute requested",
+    SM_ROOT_TABLE_ERROR: "scalable-mode root table cannot be read",
+    SM_ROOT_NOT_PRESENT: "present bit in scalable-mode root entry is clear",
+    SM_ROOT_RESERVED: "reserved bits set in scalable-mode root entry",
+    SM_CONTEXT_TABLE_ERROR: "scalable-mode context table cannot be read",
+    SM_CONTEXT_NOT_PRESENT: "present bit in scalable-mode context entry is clear",
+    SM_CONTEXT_RESERVED: "reserved bits set in scalable-mode context entry",
+    SM_CONTEXT_INVALID: "invalid scalable-mode context entry",
+    SM_DEVICE_TLB_DISABLED: "device TLB is not enabled in scalable-mode context entry",
+    SM_PASID_DISABLED: "PASID is not enabled in scalable-mode context entry",
+    SM_PASID_BEYOND_DIRECTORY: "PASID beyond the PASID directory",
+    SM_PAGE_REQUEST_DISABLED: "page requests are not enabled in scalable-mode context entry",
+    SM_PASID_IS_RID_PASID: "PASID is the one of requests without PASID",
+    SM_TRANSLATED_PASID_DISABLED: "PASID in translated requests is not enabled in scalable-mode context entry",
+    DIRECTORY_ERROR: "PASID directory cannot be read",
+    DIRECTORY_NOT_PRESENT: "present bit in PASID-directory entry is clear",
+    DIRECTORY_RESERVED: "reserved bits set in PASID-directory entry",
+    PASID_TABLE_ERROR: "PASID table cannot be read",
+    PASID_NOT_PRESENT: "present bit in PASID-table entry is clear",
+    PASID_RESERVED: "reserved bits set in PASID-table entry",
+    PASID_INVALID: "invalid PASID-table entry",
+    PASID_NO_EXECUTE: "execute requests are not supported",
+    PASID_NO_SUPERVISOR: "supervisor requests are not enabled in PASID-table entry",
+    FS_TABLE_ERROR: "next first-stage table cannot be read",
+    FS_NOT_PRESENT: "present bit in first-stage entry is clear",
+    FS_RESERVED: "reserved bits set in first-stage entry",
+    FS_ROOT_ERROR: "first first-stage table cannot be read",
+    FS_BEYOND_SECOND_STAGE: "address in first-stage entry beyond the second stage's width",
+    FS_ROOT_NOT_READABLE: "second stage gives no read permission for the first first-stage table",
+    FS_TABLE_NOT_READABLE: "second stage gives no read permission for a first-stage table",
+    FS_TABLE_NOT_WRITABLE: "second stage gives no write permission for flags in a first-stage table",
+    FS_UPDATE_WITHOUT_SNOOP: "flags in a first-stage entry need an update, but walks do not snoop",
+    FS_UPDATE_FAILED: "flags in a first-stage entry cannot be written",
+    SS_TABLE_ERROR: "next second-stage table cannot be read",
+    SS_NOT_PRESENT: "second stage allows neither reading nor writing",
+    SS_RESERVED: "reserved bits set in second-stage entry",
+    SS_ROOT_ERROR: "first second-stage table cannot be read",
+    SS_UPDATE_WITHOUT_SNOOP: "flags in a second-stage entry need an update, but walks do not snoop",
+    SS_UPDATE_FAILED: "flags in a second-stage entry cannot be written",
+    NOT_CANONICAL: "address is not canonical",
+    NO_USER_PERMISSION: "first stage is for supervisors only",
+    BEYOND_HOST_WIDTH: "address beyond the host address width",
+    SM_BEYOND_ADDRESS_WIDTH: "access beyond the second stage's address width",
+    SM_NO_WRITE_PERMISSION: "no write permission",
+    SM_NO_READ_PERMISSION: "no read permission",
+    SM_INTERRUPT_RANGE: "address in the interrupt range",
+    PASID_BEYOND_UNIT: "PASID beyond the unit's size",
 }
 
-#: Reported even where the context entry says that faults are not to be processed (it has not been read).
+#: Reported even where an entry says that faults are not to be processed ("Qualified: No" in table 30).
 UNQUALIFIED = {
     ROOT_NOT_PRESENT,
     ROOT_TABLE_ERROR,
@@ -57,37 +180,102 @@ UNQUALIFIED = {
     ROOT_RESERVED,
     ROOT_ADDRESS_INVALID,
     PASID_IN_LEGACY_MODE,
+    PAGE_REQUEST_IN_LEGACY_MODE,
+    ABORT_MODE,
+    EXECUTE_REQUESTED,
+    SM_ROOT_TABLE_ERROR,
+    SM_ROOT_NOT_PRESENT,
+    SM_ROOT_RESERVED,
+    SM_CONTEXT_TABLE_ERROR,
+    DIRECTORY_ERROR,
+    PASID_TABLE_ERROR,
 }
+
+#: For these a translation request completes successfully, with no permission: nothing is reported (7.1.2).
+RECOVERABLE = {
+    BEYOND_ADDRESS_WIDTH,
+    DIRECTORY_NOT_PRESENT,
+    PASID_NOT_PRESENT,
+    PASID_NO_EXECUTE,
+    PASID_NO_SUPERVISOR,
+    FS_TABLE_ERROR,
+    FS_NOT_PRESENT,
+    FS_RESERVED,
+    FS_ROOT_ERROR,
+    FS_BEYOND_SECOND_STAGE,
+    FS_ROOT_NOT_READABLE,
+    FS_TABLE_NOT_READABLE,
+    FS_TABLE_NOT_WRITABLE,
+    FS_UPDATE_WITHOUT_SNOOP,
+    FS_UPDATE_FAILED,
+    SS_NOT_PRESENT,
+    NOT_CANONICAL,
+    NO_USER_PERMISSION,
+    BEYOND_HOST_WIDTH,
+    SM_BEYOND_ADDRESS_WIDTH,
+}
+#: Of those, what is reported all the same.
+REPORTED_TOO = {FS_UPDATE_FAILED}
+
+#: The address type of a request, as a record has it.
+UNTRANSLATED, TRANSLATION, TRANSLATED = 0, 1, 2
+
+
+class Refused(Exception):
+    """A request meets a fault condition. It stays in the unit; who handles the request knows what follows.
+
+    `fpd`: an entry on the way says that faults are not to be processed.
+    """
+
+    def __init__(self, reason: int, fpd: bool = False) -> None:
+        super().__init__(REASONS[reason])
+        self.reason = reason
+        self.fpd = fpd
 
 
 class FaultRecorder:
-    """The primary fault log: record registers used as a ring, FSTS, and the fault event."""
+    """The primary fault log: record registers used as a ring, FSTS, and the fault event.
 
-    def __init__(self, registers: RegisterFile, records: int, offset: int, send: Callable[[int, int], None]) -> None:
+    `pasids` and `device_tlbs` are the unit's capabilities: without them PP, PV, EXE, PRIV and AT read as zeros.
+    """
+
+    def __init__(self, registers: RegisterFile, records: int, event: Event, pasids: bool, device_tlbs: bool) -> None:
         by_name = registers.by_name
         self._low = [by_name[f"FRCD{n}_LO"] for n in range(records)]
         self._high = [by_name[f"FRCD{n}_HI"] for n in range(records)]
         self._fsts = by_name["FSTS"]
-        self._fectl = by_name["FECTL"]
-        self._fedata = by_name["FEDATA"]
-        self._feaddr = by_name["FEADDR"]
-        self._feuaddr = by_name["FEUADDR"]
-        self._send = send
+        self._event = event
+        self._pasids = pasids
+        self._device_tlbs = device_tlbs
         self._next = 0
 
-    def record(self, request: DmaRequest, reason: int) -> None:
-        """Log a fault. With overflow pending, or with all records in use, it is lost and only PFO tells."""
+    def record(self, request: DmaRequest, reason: int, at: int = UNTRANSLATED, page_request: bool = False) -> None:
+        """Log a fault of a request. With overflow pending, or with all records in use, only PFO tells of it."""
+        access = request.access
+        if page_request:
+            kind = regs.FRCD_T2
+        elif at == TRANSLATION or not access & WRITE:
+            kind = regs.FRCD_T1
+        else:
+            kind = regs.FRCD_T1 | regs.FRCD_T2 if access & READ else 0
+        if self._device_tlbs:
+            kind |= at << regs.FRCD_AT_SHIFT
+        if request.pasid != NO_PASID and self._pasids:
+            kind |= request.pasid << regs.FRCD_PASID_SHIFT | regs.FRCD_PP
+            kind |= (regs.FRCD_EXE if access & EXECUTE else 0) | (regs.FRCD_PRIV if access & PRIVILEGED else 0)
+        self.log(request.address & -4096, kind | reason << regs.FRCD_REASON_SHIFT | request.rid)
+
+    def log(self, info: int, high: int) -> None:
+        """Put the words of a record into the next register, if there is room."""
         status = self._fsts.value
         if status & regs.FSTS_PFO:
             return
         index = self._next
-        high = self._high[index]
-        if high.value & regs.FRCD_F:
+        if self._high[index].value & regs.FRCD_F:
             self._set_status(regs.FSTS_PFO)
             return
-        self._low[index].value = request.address & -4096
-        read = regs.FRCD_READ if request.access == 1 else 0
-        high.value = regs.FRCD_F | read | reason << regs.FRCD_REASON_SHIFT | request.rid
+        self._low[index].value = info
+        self._high[index].value = regs.FRCD_F | high
         self._next = (index + 1) % len(self._high)
         if not status & regs.FSTS_PPF:
             self._fsts.value = self._fsts.value & ~(0xFF << regs.FSTS_FRI_SHIFT) | index << regs.FSTS_FRI_SHIFT
@@ -100,16 +288,8 @@ class FaultRecorder:
     def _set_status(self, bit: int) -> None:
         pending = self._fsts.value & 0xFF
         self._fsts.value |= bit
-        if pending:
-            return  # an event is on its way, or software has not dealt with the last one
-        self._fectl.value |= regs.EVENT_IP
-        self.deliver()
-
-    def deliver(self) -> None:
-        """Send the event if one is pending and not masked."""
-        if self._fectl.value & (regs.EVENT_IP | regs.EVENT_IM) == regs.EVENT_IP:
-            self._fectl.value &= ~regs.EVENT_IP
-            self._send(self._feuaddr.value << 32 | self._feaddr.value, self._fedata.value)
+        if not pending:  # else an event is on its way, or software has not dealt with the last one
+            self._event.signal()
 
     def update(self) -> None:
         """After software cleared a record or a status bit: PPF follows the records, IP follows the status."""
@@ -118,7 +298,8 @@ class FaultRecorder:
         else:
             self._fsts.value &= ~regs.FSTS_PPF
         if not self._fsts.value & 0xFF:
-            self._fectl.value &= ~regs.EVENT_IP
+            self._event.withdraw()
 
-    def reset(self) -> None:
+    def restart(self) -> None:
+        """Power-on, or address and interrupt translation are off: the next record is the first (7.2.1)."""
         self._next = 0

@@ -1,19 +1,21 @@
-"""A VT-d remapping unit in legacy mode: from a request id and an IOVA to a physical address, or to a fault record.
+"""A VT-d remapping unit: from a request id, a PASID and an IOVA to a physical address, or to a fault record.
 
 Mirrors the VT-d specification, revision 5.10: chapter 3 (translation), 6 (caches and their invalidation), 7 (faults),
-11.4 (registers). It reads root, context and second-stage tables from memory and nothing else; caches context entries
-by request id, and translations by domain id; with caching mode (CM) it caches what was not present, too, so that a
-driver which forgets to invalidate after mapping is found out.
+11.4 (registers). This file has the registers and legacy mode; `scalable` has the other mode, `queue` the invalidation
+queue, `ats` translation and page requests. It reads tables from memory and nothing else; in legacy mode it caches
+context entries by request id, and translations by domain id; with caching mode (CM) it caches what was not present,
+too, so that a driver which forgets to invalidate after mapping is found out.
 
-Left out: scalable mode, device TLBs, page requests, protected memory regions, paging-structure caches. INTERRUPT
-REMAPPING IS A CAPABILITY BIT ONLY: IRTA, SIRTP and IRE are accepted and shown in GSTS, and a write to 0xFEEx_xxxx goes
-to the interrupt controller as it is. UNVERIFIED: a request to that range that is no interrupt (a read, another length)
-is aborted by the device's port and leaves no fault record; the manual says that it is a fault, not which.
+Left out: paging-structure caches, zero-length reads. INTERRUPT REMAPPING IS A CAPABILITY BIT ONLY: IRTA, SIRTP and IRE
+are accepted and shown in GSTS, and a write to 0xFEEx_xxxx goes to the interrupt controller as it is. UNVERIFIED: a
+request to that range that is no interrupt (a read, another length) is aborted by the device's port and leaves no fault
+record; the manual says that it is a fault, not which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 from fakedev.dma import (
     IDENTITY,
@@ -30,22 +32,39 @@ from fakedev.dma import (
 )
 from fakedev.memory import ADDRESS_BITS, BusAbort, PhysicalMemory
 from fakedev.pgtable.vtd_ss import VtdSecondStage
-from fakedev.pgtable.walker import FETCH_FAILED, NOT_PRESENT, RESERVED_BITS, Walk, explain, load_word, walk
+from fakedev.pgtable.walker import (
+    FETCH_FAILED,
+    NOT_PRESENT,
+    RESERVED_BITS,
+    Walk,
+    explain,
+    load_word,
+    loader,
+    walk,
+)
 from fakedev.reg import Register, RegisterFile
 from fakedev.tlb import Tlb
+from fakedev.tlp import Downstream, PageRequest, PageResponse, Translation
 from fakedev.vtd import descriptors as qi
 from fakedev.vtd import entries, faults, regs
-from fakedev.vtd.faults import FaultRecorder
+from fakedev.vtd.ats import TranslationServices
+from fakedev.vtd.events import Event
+from fakedev.vtd.faults import FaultRecorder, Refused
+from fakedev.vtd.page_requests import PageRequestQueue
+from fakedev.vtd.protected import ProtectedRegions
+from fakedev.vtd.queue import InvalidationQueue
+from fakedev.vtd.scalable import ScalableMode
 
 _ONES32 = 0xFFFF_FFFF
 _ONES64 = 0xFFFF_FFFF_FFFF_FFFF
-_STATUS_ADDRESS = (1 << ADDRESS_BITS) - 4
+#: What `translate` does with a request.
+_OFF, _LEGACY, _OTHERWISE, _PROTECTED = range(4)
 
 
 class _Context:
     """A cached context entry, or (with a `reason`) the knowledge that a source has none."""
 
-    __slots__ = ("did", "fpd", "limit_bits", "pass_through", "reason", "root", "top_level")
+    __slots__ = ("device_tlb", "did", "fpd", "limit_bits", "pass_through", "reason", "root", "top_level")
 
     def __init__(self, did: int, root: int = 0, top_level: int = 0, limit_bits: int = 0, reason: int = 0) -> None:
         self.did = did
@@ -55,14 +74,52 @@ class _Context:
         self.reason = reason
         self.fpd = False
         self.pass_through = False
+        self.device_tlb = False
 
 
 class VtdUnit:
     """One unit. `cap` and `ecap` are the capability registers and decide what it can do.
 
+    `host_address_bits` is the width of the platform's physical addresses (HAW): bits from there up are reserved in
+    root, context and table entries.
+
     `read` and `write` are its 4 KiB register window. `send_interrupt` gets (address, data) of its own interrupts;
-    `on_fault` gets every refused request in words.
+    `on_fault` gets every refused request in words; `downstream` carries its messages to functions with ATS and PRI
+    (without it none of them answers).
     """
+
+    __slots__ = (
+        "_beyond",
+        "_completion_event",
+        "_fault_event",
+        "_fsts",
+        "_gsts",
+        "_iqh",
+        "_iqt",
+        "_legacy",
+        "_load",
+        "_on_fault",
+        "_page_requests",
+        "_protected",
+        "_queue",
+        "_root",
+        "_rtaddr",
+        "_services",
+        "_state",
+        "_warm",
+        "caps",
+        "contexts",
+        "downstream",
+        "format",
+        "host_address_bits",
+        "memory",
+        "mode",
+        "read",
+        "recorder",
+        "registers",
+        "scalable",
+        "tlb",
+    )
 
     def __init__(
         self,
@@ -71,26 +128,43 @@ class VtdUnit:
         ecap: int,
         *,
         version: int = 0x10,
+        host_address_bits: int = ADDRESS_BITS,
         send_interrupt: InterruptSink,
         on_fault: Callable[[str], None] | None = None,
         tlb: Tlb | None = None,
+        downstream: Downstream | None = None,
     ) -> None:
         self.memory = memory
+        self.downstream = downstream
+        self._load = loader(memory)
         self.caps = caps = regs.Capabilities(cap, ecap)
-        self.format = VtdSecondStage(ADDRESS_BITS, caps.sllps, caps.snoop_control, caps.device_tlb)
+        self.host_address_bits = host_address_bits
+        self._beyond = -(1 << host_address_bits) & _ONES64
+        # Bit 62 of a leaf is no transient-mapping bit any more: reserved, with and without device TLBs (9.8).
+        self.format = VtdSecondStage(host_address_bits, caps.sllps, caps.snoop_control, device_tlb=False)
         self.tlb = Tlb() if tlb is None else tlb
         #: Context entries by request id.
         self.contexts: dict[int, _Context] = {}
         self._warm: set[DmaPort] = set()
-        self._send = send_interrupt
         self._on_fault = on_fault
-        self._translating = False
+        self._enter(_OFF)
+        #: The translation table mode, latched with the root table; an invalid one counts as reserved.
+        self.mode = regs.TTM_LEGACY
         self._root = 0
+        self.scalable = ScalableMode(memory, caps, self.tlb, host_address_bits, version >> 4)
+        self._fault_event = Event("FE", regs.FECTL, send_interrupt)
+        self._completion_event = Event("IE", regs.IECTL, send_interrupt)
+        self._services = TranslationServices(self)
+        self._page_requests = PageRequestQueue(memory, send_interrupt, self._services.answer)
+        self._protected = ProtectedRegions(caps, self._protection_changed)
         self.registers = RegisterFile(self._declare(version))
         at = self.registers.by_name
         self._gsts, self._fsts, self._rtaddr = at["GSTS"], at["FSTS"], at["RTADDR"]
-        self._iqh, self._iqt, self._iqa = at["IQH"], at["IQT"], at["IQA"]
-        self._recorder = FaultRecorder(self.registers, caps.fault_records, caps.fault_offset, send_interrupt)
+        self._iqh, self._iqt = at["IQH"], at["IQT"]
+        self.recorder = FaultRecorder(
+            self.registers, caps.fault_records, self._fault_event, caps.pasid, caps.device_tlb
+        )
+        self._queue = InvalidationQueue(self)
         self.read = self.registers.read
 
     def _declare(self, version: int) -> list[Register]:
@@ -104,22 +178,20 @@ class VtdUnit:
             Register("RTADDR", regs.RTADDR, 8, writable=_ONES64 & ~0x3FF),
             Register("CCMD", regs.CCMD, 8, writable=0x8000_0003_FFFF_FFFF | 3 << 61, action=self._context_command),
             Register("FSTS", regs.FSTS, clears=0x71, action=self._fault_status),
-            Register("FECTL", regs.FECTL, reset=regs.EVENT_IM, writable=regs.EVENT_IM, action=self._fault_control),
-            Register("FEDATA", regs.FEDATA, writable=_ONES32),
-            Register("FEADDR", regs.FEADDR, writable=_ONES32 & ~3),
-            Register("FEUADDR", regs.FEUADDR, writable=_ONES32),
+            *self._fault_event.registers,
             Register("IQH", regs.IQH, 8),
             Register("IQT", regs.IQT, 8, writable=0x7FFF0, action=self._tail),
             Register("IQA", regs.IQA, 8, writable=_ONES64 & ~0x7F8),
             Register("ICS", regs.ICS, clears=regs.ICS_IWC, action=self._completion_status),
-            Register("IECTL", regs.IECTL, reset=regs.EVENT_IM, writable=regs.EVENT_IM, action=self._completion_control),
-            Register("IEDATA", regs.IEDATA, writable=_ONES32),
-            Register("IEADDR", regs.IEADDR, writable=_ONES32 & ~3),
-            Register("IEUADDR", regs.IEUADDR, writable=_ONES32),
+            *self._completion_event.registers,
+            Register("IQERCD", regs.IQERCD, 8),
             Register("IRTA", regs.IRTA, 8, writable=_ONES64 & ~0x7F0),
             Register("IVA", caps.iotlb_offset, 8, writable=_ONES64 & ~0xF80),
             Register("IOTLB", caps.iotlb_offset + 8, 8, writable=_ONES64, action=self._iotlb_command),
         ]
+        found += self._protected.registers
+        if caps.page_request:
+            found += self._page_requests.registers
         for n in range(caps.fault_records):
             offset = caps.fault_offset + 16 * n
             found.append(Register(f"FRCD{n}_LO", offset, 8))
@@ -130,75 +202,100 @@ class VtdUnit:
         """A store to a register."""
         if offset == regs.IQT and width == 4:  # what a driver writes all the time
             self._iqt.value = value & 0x7FFF0
-            self._run_queue()
+            self._queue.run()
         else:
             self.registers.write(offset, width, value)
 
     def reset(self) -> None:
         """Power-on: registers, caches, translation off."""
         self.registers.reset()
-        self._recorder.reset()
-        self._translating = False
-        self._root = 0
-        self.tlb.clear()
-        self.contexts.clear()
-        self._forget()
+        self.recorder.restart()
+        self._queue.forget()
+        self._enter(_OFF)
+        self.mode = regs.TTM_LEGACY
+        self._root = self.scalable.root = 0
+        self._clear_caches()
 
     # -- registers ---------------------------------------------------------------------------------------------------
 
     def _command(self, _old: int, written: int) -> None:
-        status = self._gsts.value
+        before = status = self._gsts.value
         if written & regs.SRTP:
-            self._root = self._rtaddr.value
+            self._set_root(self._rtaddr.value)
             status |= regs.SRTP
         if written & regs.SIRTP:
             status |= regs.SIRTP
         if (written ^ status) & regs.QIE:
             self._iqh.value = 0
+            self._queue.forget()
         status = status & ~(regs.TE | regs.QIE | regs.IRE | regs.CFI)
         status |= written & (regs.TE | regs.QIE | regs.IRE | regs.CFI)
         self._gsts.value = status
-        self._translating = bool(status & regs.TE)
+        if before & regs.TE and not status & regs.TE and self.caps.scalable:
+            self._clear_caches()
+        if not status & (regs.TE | regs.IRE):
+            self.recorder.restart()
+        self._set_state()
         self.registers.by_name["GCMD"].value = 0
         self._forget()
-        self._run_queue()
+        self._queue.run()
+
+    def _set_root(self, value: int) -> None:
+        mode = value >> regs.RTADDR_TTM_SHIFT & 3
+        caps = self.caps
+        if (mode == regs.TTM_SCALABLE and not caps.scalable) or (mode == regs.TTM_ABORT and not caps.abort_mode):
+            mode = regs.TTM_RESERVED
+        self._root = self.scalable.root = value
+        self.mode = mode
+        if caps.enhanced_root_pointer:
+            self._clear_caches()
+
+    def _set_state(self) -> None:
+        self._enter(_PROTECTED if self._protected.enabled else self._unprotected_state())
+
+    def _enter(self, state: int) -> None:
+        self._state = state
+        self._legacy = state == _LEGACY
+
+    def _unprotected_state(self) -> int:
+        if not self._gsts.value & regs.TE:
+            return _OFF
+        return _LEGACY if self.mode == regs.TTM_LEGACY else _OTHERWISE
+
+    def _protection_changed(self) -> None:
+        self._set_state()
+        self._forget()
 
     def _fault_status(self, old: int, _written: int) -> None:
-        self._recorder.update()
-        if old & regs.FSTS_IQE and not self._fsts.value & regs.FSTS_IQE:
-            self._run_queue()
+        self.recorder.update()
+        stopped = regs.FSTS_IQE | regs.FSTS_ITE
+        if old & stopped and not self._fsts.value & stopped:
+            self._queue.run()
 
     def _record_cleared(self, _old: int, _written: int) -> None:
-        self._recorder.update()
-
-    def _fault_control(self, _old: int, _written: int) -> None:
-        self._recorder.deliver()
+        self.recorder.update()
 
     def _completion_status(self, _old: int, _written: int) -> None:
-        at = self.registers.by_name
-        if not at["ICS"].value & regs.ICS_IWC:
-            at["IECTL"].value &= ~regs.EVENT_IP
+        if not self.registers.by_name["ICS"].value & regs.ICS_IWC:
+            self._completion_event.withdraw()
 
-    def _completion_control(self, _old: int, _written: int) -> None:
-        at = self.registers.by_name
-        control = at["IECTL"]
-        if control.value & (regs.EVENT_IP | regs.EVENT_IM) == regs.EVENT_IP:
-            control.value &= ~regs.EVENT_IP
-            self._send(at["IEUADDR"].value << 32 | at["IEADDR"].value, at["IEDATA"].value)
+    def invalidation_completed(self) -> None:
+        """A wait descriptor asked for an interrupt."""
+        status = self.registers.by_name["ICS"]
+        if not status.value & regs.ICS_IWC:
+            status.value |= regs.ICS_IWC
+            self._completion_event.signal()
 
-    def _completed(self) -> None:
-        at = self.registers.by_name
-        if not at["ICS"].value & regs.ICS_IWC:
-            at["ICS"].value |= regs.ICS_IWC
-            at["IECTL"].value |= regs.EVENT_IP
-            self._completion_control(0, 0)
+    def queue_error(self, bit: int) -> None:
+        """The invalidation queue has stopped: `bit` of FSTS says why."""
+        self.recorder.set_error(bit)
 
     def _context_command(self, _old: int, written: int) -> None:
         register = self.registers.by_name["CCMD"]
         if written & regs.CCMD_ICC:
             value = register.value
             granularity = value >> 61 & 3
-            self._invalidate_contexts(granularity, value & 0xFFFF, value >> 16 & 0xFFFF, value >> 32 & 3)
+            self.invalidate_contexts(granularity, value & 0xFFFF, value >> 16 & 0xFFFF, value >> 32 & 3)
             register.value = value & ~regs.CCMD_ICC | granularity << 59
 
     def _iotlb_command(self, _old: int, written: int) -> None:
@@ -206,8 +303,11 @@ class VtdUnit:
         if written & regs.IOTLB_IVT:
             value, where = register.value, self.registers.by_name["IVA"].value
             granularity = value >> 60 & 3
-            self._invalidate_iotlb(granularity, value >> 32 & 0xFFFF, where & -4096, where & qi.IOTLB_AM_MASK)
+            self.invalidate_iotlb(granularity, value >> 32 & 0xFFFF, where & -4096, where & qi.IOTLB_AM_MASK)
             register.value = value & ~(regs.IOTLB_IVT | 3 << 57) | granularity << 57
+
+    def _tail(self, _old: int, _written: int) -> None:
+        self._queue.run()
 
     # -- invalidation ------------------------------------------------------------------------------------------------
 
@@ -216,71 +316,18 @@ class VtdUnit:
             port.forget()
         self._warm.clear()
 
-    def _tail(self, _old: int, _written: int) -> None:
-        self._run_queue()
+    def _clear_caches(self) -> None:
+        self.tlb.clear()
+        self.contexts.clear()
+        self.scalable.clear()
+        self._forget()
 
-    def _run_queue(self) -> None:
-        """Execute descriptors until the head meets the tail, or an error stops the queue."""
-        if not self._gsts.value & regs.QIE or self._fsts.value & (regs.FSTS_IQE | regs.FSTS_ITE):
-            return
-        base = self._iqa.value & regs.ADDRESS_MASK
-        size = 4096 << (self._iqa.value & regs.IQA_QS_MASK)
-        head, tail = self._iqh.value, self._iqt.value
-        if tail >= size or self._iqa.value & regs.IQA_DW:
-            self._recorder.set_error(regs.FSTS_IQE)
-            return
-        memory = self.memory
-        words = memory.words
-        in_ram = base + size <= memory.ram_size
-        while head != tail:
-            try:
-                at = base + head
-                if in_ram:
-                    done = self._execute(words[at >> 3], words[(at >> 3) + 1])
-                else:
-                    done = self._execute(load_word(memory, at), load_word(memory, at + 8))
-            except BusAbort:
-                done = False
-            if not done:
-                self._iqh.value = head
-                self._recorder.set_error(regs.FSTS_IQE)
-                return
-            head = (head + 16) % size
-        self._iqh.value = head
-
-    def _execute(self, low: int, high: int) -> bool:
-        """One descriptor; False if it is malformed."""
-        kind = low & qi.TYPE_MASK
-        if kind == qi.IOTLB_TYPE:
-            granularity = low >> 4 & 3
-            if low & qi.IOTLB_RESERVED_LOW or high & qi.IOTLB_RESERVED_HIGH or not granularity:
-                return False
-            mask = high & qi.IOTLB_AM_MASK
-            if granularity == qi.SELECTIVE and (not self.caps.page_selective or mask > self.caps.am_max):
-                return False
-            self._invalidate_iotlb(granularity, low >> 16 & qi.DID_MASK, high & -4096, mask)
-            return True
-        if kind == qi.WAIT_TYPE:
-            if low & qi.WAIT_RESERVED_LOW or high & 3:
-                return False
-            if low & qi.WAIT_SW:
-                data = low >> qi.WAIT_DATA_SHIFT
-                self.memory.write(high & _STATUS_ADDRESS, data.to_bytes(4, "little"))
-            if low & qi.WAIT_IF:
-                self._completed()
-            return True
-        if kind == qi.CC_TYPE:
-            granularity = low >> 4 & 3
-            if low & qi.CC_RESERVED or not granularity:
-                return False
-            sid, ignored = low >> qi.CC_SID_SHIFT & 0xFFFF, low >> qi.CC_FM_SHIFT & 3
-            self._invalidate_contexts(granularity, low >> 16 & qi.DID_MASK, sid, ignored)
-            return True
-        return kind == qi.IEC_TYPE  # nothing is cached of interrupts
-
-    def _invalidate_iotlb(self, granularity: int, did: int, address: int, mask: int) -> None:
-        if granularity == qi.SELECTIVE:
-            length = 4096 << mask
+    def invalidate_iotlb(self, granularity: int, did: int, address: int, mask: int) -> None:
+        """Forget translations of a domain: GLOBAL, DOMAIN, or 1 << mask pages at `address`."""
+        length = 4096 << mask
+        if self.mode:  # not legacy
+            self.scalable.invalidate_iotlb(granularity, did, address & -length, length)
+        elif granularity == qi.SELECTIVE:
             self.tlb.clear_range(did, address & -length, length)
         elif granularity == qi.DOMAIN:
             self.tlb.clear_tag(did)
@@ -289,12 +336,28 @@ class VtdUnit:
         if self._warm:
             self._forget()
 
-    def _invalidate_contexts(self, granularity: int, did: int, sid: int, ignored: int) -> None:
-        if granularity == qi.GLOBAL:
+    def invalidate_pasid_iotlb(self, granularity: int, did: int, pasid: int, address: int, mask: int) -> None:
+        """Forget translations of a PASID in a domain: all, or 1 << mask pages of its first stage at `address`."""
+        length = 4096 << mask
+        self.scalable.invalidate_pasid_iotlb(granularity, did, pasid, address & -length, length)
+        if self._warm:
+            self._forget()
+
+    def invalidate_pasids(self, granularity: int, did: int, pasid: int) -> None:
+        """Forget PASID-table entries: all, a domain's, or those of one PASID in a domain."""
+        self.scalable.invalidate_pasids(granularity, did, pasid)
+        self._forget()
+
+    def invalidate_contexts(self, granularity: int, did: int, sid: int, ignored: int) -> None:
+        """Forget context entries: all, a domain's, or those of a source, of whose function bits some are ignored."""
+        # From the most significant bit down (table 21).
+        keep = 0xFFFF & ~(0, 4, 6, 7)[ignored]
+        if self.mode != regs.TTM_LEGACY:
+            if granularity:
+                self.scalable.invalidate_contexts(granularity, sid, keep)
+        elif granularity == qi.GLOBAL:
             self.contexts.clear()
         elif granularity:
-            # The function bits that are ignored, from the most significant down (6.5.1.1).
-            keep = 0xFFFF & ~(0, 4, 6, 7)[ignored]
             for rid in [
                 rid
                 for rid, context in self.contexts.items()
@@ -302,6 +365,16 @@ class VtdUnit:
             ]:
                 del self.contexts[rid]
         self._forget()
+
+    def invalidate_for_page_request(self, rid: int, pasid: int, address: int) -> None:
+        """The implicit invalidation of 6.5.3.1. Refused where the tables refuse the page request."""
+        self.scalable.invalidate_for_page_request(self.scalable.for_page_request(rid, pasid), address)
+        self._forget()
+
+    def respond(self, rid: int, response: PageResponse) -> None:
+        """Send a page group response to a function."""
+        if self.downstream is not None:
+            self.downstream.respond(rid, response)
 
     # -- translation -------------------------------------------------------------------------------------------------
 
@@ -312,29 +385,85 @@ class VtdUnit:
         has been recorded.
         """
         self._warm.add(port)
-        if not self._translating:
-            return IDENTITY
+        if not self._legacy:
+            return IDENTITY if self._state == _OFF else self._translate_otherwise(port, pasid, address, length, access)
         rid = port.rid
         if pasid != NO_PASID:
-            self._fault(DmaRequest(rid, pasid, address, length, access), faults.PASID_IN_LEGACY_MODE, None)
+            self.fault(DmaRequest(rid, pasid, address, length, access), faults.PASID_IN_LEGACY_MODE)
         context = self.contexts.get(rid)
         if context is None:
             context = self._fetch_context(rid)
         if context.reason:
-            self._fault(DmaRequest(rid, pasid, address, length, access), context.reason, context)
+            self.fault(DmaRequest(rid, pasid, address, length, access), context.reason, context.fpd)
         if address >> context.limit_bits:
-            self._fault(DmaRequest(rid, pasid, address, length, access), faults.BEYOND_ADDRESS_WIDTH, context)
+            self.fault(DmaRequest(rid, pasid, address, length, access), faults.BEYOND_ADDRESS_WIDTH, context.fpd)
         if context.pass_through:
             return 0, 1 << context.limit_bits, 0, READ | WRITE
         run = self.tlb.lookup(context.did, address)
         if run is None:
-            run = self._fill(context, DmaRequest(rid, pasid, address, length, access))
+            try:
+                run = self.fill(context, address, length, access)
+            except Refused as refused:
+                self.fault(DmaRequest(rid, pasid, address, length, access), refused.reason, refused.fpd)
         elif run[1] < address + length:
             run = self.tlb.extend(context.did, run, address + length)
-        if not run[3] & access:
-            reason = faults.NO_READ_PERMISSION if access == READ else faults.NO_WRITE_PERMISSION
-            self._fault(DmaRequest(rid, pasid, address, length, access), reason, context)
+        if run[3] & access != access:
+            reason = faults.NO_WRITE_PERMISSION if access & ~run[3] & WRITE else faults.NO_READ_PERMISSION
+            self.fault(DmaRequest(rid, pasid, address, length, access), reason, context.fpd)
         return run
+
+    def _translate_otherwise(self, port: DmaPort, pasid: int, address: int, length: int, access: int) -> Run:
+        if self._state == _PROTECTED:
+            self._enter(self._unprotected_state())
+            try:
+                return self.clip(self.translate(port, pasid, address, length, access), address)
+            finally:
+                self._enter(_PROTECTED)
+        try:
+            self.check_mode()
+            return self.scalable.translate(port.rid, pasid, address, length, access)
+        except Refused as refused:
+            self.fault(DmaRequest(port.rid, pasid, address, length, access), refused.reason, refused.fpd)
+
+    def clip(self, run: Run, address: int) -> Run:
+        """A run without the protected memory regions. Raises TranslationFault where `address` leads into one."""
+        if self._protected.enabled:
+            clipped = self._protected.clip(run, address)
+            if clipped is None:
+                raise TranslationFault(f"{address + run[2]:#x} is in a protected memory region")
+            return clipped
+        return run
+
+    def check_mode(self) -> None:
+        """Whether requests are translated at all in the mode that the root-table address register asks for. Refused."""
+        if self.mode == regs.TTM_RESERVED:
+            raise Refused(faults.ROOT_ADDRESS_INVALID)
+        if self.mode == regs.TTM_ABORT:
+            raise Refused(faults.ABORT_MODE)
+
+    @property
+    def translating(self) -> bool:
+        """GSTS.TES."""
+        return bool(self._gsts.value & regs.TE)
+
+    def translated(self, port: DmaPort, pasid: int, address: int, length: int, access: int) -> Run:
+        """Check a translated request (AT=10b). Raises TranslationFault."""
+        return self._services.translated(port, pasid, address, length, access)
+
+    def request_translation(self, port: DmaPort, pasid: int, address: int, access: int) -> Translation:
+        """Answer a translation request (AT=01b). Raises TranslationFault for UR and CA."""
+        return self._services.request_translation(port, pasid, address, access)
+
+    def page_request(self, port: DmaPort, request: PageRequest) -> None:
+        """Take a page request message of a function."""
+        self._services.page_request(request, self._page_requests)
+
+    def legacy_context(self, rid: int) -> _Context:
+        """The context entry of a source in legacy mode, cached or read. Refused."""
+        context = self.contexts.get(rid) or self._fetch_context(rid)
+        if context.reason:
+            raise Refused(context.reason, context.fpd)
+        return context
 
     def _fetch_context(self, rid: int) -> _Context:
         """Read the root and the context entry of a source, and cache what was found."""
@@ -347,8 +476,6 @@ class VtdUnit:
         return context
 
     def _read_context(self, rid: int) -> _Context:
-        if self._root >> regs.RTADDR_TTM_SHIFT & 3:
-            return _Context(0, reason=faults.ROOT_ADDRESS_INVALID)
         memory = self.memory
         try:
             where = (self._root & regs.ADDRESS_MASK) + (rid >> 8) * 16
@@ -357,7 +484,7 @@ class VtdUnit:
             return _Context(0, reason=faults.ROOT_TABLE_ERROR)
         if not low & entries.ENTRY_PRESENT:
             return _Context(0, reason=faults.ROOT_NOT_PRESENT)
-        if low & entries.ROOT_RESERVED_LOW or high & entries.ROOT_RESERVED_HIGH:
+        if low & (entries.ROOT_RESERVED_LOW | self._beyond) or high & entries.ROOT_RESERVED_HIGH:
             return _Context(0, reason=faults.ROOT_RESERVED)
         try:
             where = (low & entries.ADDRESS_MASK) + (rid & 0xFF) * 16
@@ -368,20 +495,27 @@ class VtdUnit:
         context = _Context(entries.context_did(high), low & entries.ADDRESS_MASK, aw + 1)
         context.fpd = bool(low & entries.CONTEXT_FPD)
         context.pass_through = tt == entries.TT_PASS_THROUGH
-        context.limit_bits = ADDRESS_BITS if context.pass_through else min(self.caps.mgaw, 30 + 9 * aw)
+        context.device_tlb = tt == entries.TT_DEV_IOTLB
+        context.limit_bits = self.host_address_bits if context.pass_through else min(self.caps.mgaw, 30 + 9 * aw)
         known = tt == 0 or (tt == 1 and self.caps.device_tlb) or (tt == 2 and self.caps.pass_through)
         if not low & entries.ENTRY_PRESENT:
             context.reason = faults.CONTEXT_NOT_PRESENT
-        elif low & entries.CONTEXT_RESERVED_LOW or high & entries.CONTEXT_RESERVED_HIGH:
+        elif (
+            low & (entries.CONTEXT_RESERVED_LOW | self._beyond)
+            or high & entries.CONTEXT_RESERVED_HIGH
+            or context.did >= self.caps.ndoms
+        ):
             context.reason = faults.CONTEXT_RESERVED
         elif not self.caps.sagaw >> aw & 1 or not known:
             context.reason = faults.CONTEXT_INVALID
         return context
 
-    def _fill(self, context: _Context, request: DmaRequest) -> Run:
-        """Walk the tables for an address that is not cached; cache and return what is there."""
-        address = request.address
-        end = walk(self.format, self.memory, context.root, context.top_level, address)
+    def fill(self, context: _Context, address: int, length: int, access: int) -> Run:
+        """Walk the tables for an address that is not cached; cache and return what is there. Refused.
+
+        A run that does not allow `access` is returned all the same, and cached only with caching mode.
+        """
+        end = walk(self.format, self._load, context.root, context.top_level, address)
         if end.outcome == NOT_PRESENT:
             page = address & -4096
             run = (page, page + 4096, 0, 0)
@@ -389,18 +523,23 @@ class VtdUnit:
                 self.tlb.insert(context.did, run, 12)
             return run
         if end.outcome == RESERVED_BITS:
-            self._fault(request, faults.PAGE_TABLE_RESERVED, context)
+            raise Refused(faults.PAGE_TABLE_RESERVED, context.fpd)
         if end.outcome == FETCH_FAILED:
             top = end.level == context.top_level
-            self._fault(request, faults.CONTEXT_INVALID if top else faults.PAGE_TABLE_ERROR, context)
-        lg2 = self.format.item_lg2(end.level)
+            raise Refused(faults.CONTEXT_INVALID if top else faults.PAGE_TABLE_ERROR, context.fpd)
+        if MSI_START <= end.output < MSI_END:
+            raise Refused(faults.INTERRUPT_RANGE, context.fpd)
+        lg2 = end.lg2
         size = 1 << lg2
         start = address & -size
-        pa = end.item & self.format.address_mask & -size
-        stop = start + (self._contiguous(end, address, request.length) << 12 if end.level == 0 else size)
-        run = (start, stop, pa - start, end.permissions)
-        if MSI_START <= pa + address - start < MSI_END:
-            self._fault(request, faults.INTERRUPT_RANGE, context)
+        delta = end.output - address
+        stop = start + (self._contiguous(end, address, length) << 12 if end.level == 0 else size)
+        if start + delta < MSI_END and stop + delta > MSI_START:  # the rest of a page around the interrupt range
+            start, lg2 = address & -4096, 12
+            stop = start + 4096
+        run = (start, stop, delta, end.rights & (READ | WRITE))
+        if run[3] & access != access and not self.caps.caching_mode:
+            return run
         return self.tlb.insert(context.did, run, lg2)
 
     def _contiguous(self, end: Walk, address: int, length: int) -> int:
@@ -420,19 +559,34 @@ class VtdUnit:
 
     # -- faults ------------------------------------------------------------------------------------------------------
 
-    def _fault(self, request: DmaRequest, reason: int, context: _Context | None) -> None:
-        """Record and refuse: always raises TranslationFault."""
+    def fault(
+        self,
+        request: DmaRequest,
+        reason: int,
+        fpd: bool = False,
+        at: int = faults.UNTRANSLATED,
+        page_request: bool = False,
+    ) -> NoReturn:
+        """Record and refuse: always raises TranslationFault.
+
+        `fpd`: an entry on the way disables fault processing; `at` and `page_request` are what the request was.
+        """
         text = f"{request!r}: fault {reason:02x}h, {faults.REASONS[reason]}"
-        if context is None or not context.fpd or reason in faults.UNQUALIFIED:
-            self._recorder.record(request, reason)
+        if not fpd or reason in faults.UNQUALIFIED:
+            self.recorder.record(request, reason, at, page_request)
         else:
             text += " (fault processing is disabled for this source)"
         if self._on_fault is not None:
-            self._on_fault("\n".join([text, *("  " + line for line in self.explain(request.rid, request.address))]))
+            lines = self.explain(request.rid, request.address, request.pasid)
+            self._on_fault("\n".join([text, *("  " + line for line in lines)]))
         raise TranslationFault(text)
 
-    def explain(self, rid: int, address: int) -> list[str]:
+    def explain(self, rid: int, address: int, pasid: int = NO_PASID) -> list[str]:
         """The way from a source and an IOVA through the tables as they are in memory, a line a step."""
+        if self.mode == regs.TTM_SCALABLE:
+            return self.scalable.explain(rid, pasid, address)
+        if self.mode != regs.TTM_LEGACY:
+            return ["no root table: " + faults.REASONS[faults.ABORT_MODE if self.mode == 3 else 0x30]]
         context = self._read_context(rid)
         cached = self.contexts.get(rid)
         lines = []
@@ -451,4 +605,4 @@ class VtdUnit:
         if run is not None:
             allowed = "".join(name for bit, name in ((READ, "R"), (WRITE, "W")) if run[3] & bit) or "nothing"
             lines.append(f"IOTLB: iova {run[0]:#x}-{run[1] - 1:#x} at {run[0] + run[2]:#x}, allows {allowed}")
-        return lines + explain(self.format, self.memory, context.root, context.top_level, address)
+        return lines + explain(self.format, self._load, context.root, context.top_level, address)

@@ -1,9 +1,8 @@
 """Which driver takes which IOMMU, and the probe of all devices at boot.
 
 A vendor is one line in `_PROBES`. Mirrors `bus_iommu_probe()` of drivers/iommu/iommu.c: devices in the order of the bus
-scan, groups numbered as they are made, every group in its default domain (translated, as the VM boots). Groups follow
-`pci_device_group()` for devices on a root bus: functions of one multifunction device without access control services
-share a group.
+scan, groups numbered as they are made (pci_group.py says which), every group in its default domain (translated, as the
+VM boots).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fakedev.pci import PCI_HEADER_TYPE, PCI_MULTIFUNCTION, PciFunction
+from fakedev.pci import PciFunction
 from kernel_model.iommu.core import (
     IOMMU_DOMAIN_DMA,
     IOMMU_RESV_DIRECT,
@@ -25,6 +24,7 @@ from kernel_model.iommu.core import (
 from kernel_model.iommu.intel.dmar import IntelUnit
 from kernel_model.iommu.intel.iommu import IntelIommu
 from kernel_model.iommu.mock.iommu import MockIommu
+from kernel_model.iommu.pci_group import pci_device_group
 from kernel_model.iommu.sysfs import publish
 from uapi.behaviours import has
 from uapi.version import includes
@@ -61,19 +61,20 @@ def attach_drivers(kernel: Kernel) -> list[Device]:
         drivers.update(probe(kernel))
     devices: list[Device] = []
     groups: list[Group] = []
+    group_of: dict[PciFunction, Group] = {}
     for function in kernel.machine.functions:
         driver = drivers.get(function.rid)
         device = Device(function.address, driver, function)
         devices.append(device)
         if driver is None:
             continue
-        driver.probe_device(device, function.rid)
-        group = _group_of_slot(devices, function)
+        driver.probe_device(device, kernel.machine.root.requester_id(function))
+        group = pci_device_group(kernel.machine.root, function, group_of.get)
         if group is None:
             group = Group(len(groups))
             groups.append(group)
         group.devices.append(device)
-        device.group = group
+        device.group = group_of[function] = group
         device.require_direct = any(region.type == IOMMU_RESV_DIRECT for region in get_resv_regions(device))
     for group in groups:
         _setup_default_domain(group)
@@ -82,17 +83,6 @@ def attach_drivers(kernel: Kernel) -> list[Device]:
     kernel.mock_iommu = MockIommu(len(groups), kernel.release, hidden=hidden and bool(groups))
     publish(kernel.files, devices)
     return devices
-
-
-def _group_of_slot(devices: list[Device], function: PciFunction) -> Group | None:
-    """get_pci_function_alias_group(): the group of another function of the same multifunction device."""
-    # Only the first function need say that there are more.
-    if not function.config[PCI_HEADER_TYPE] & PCI_MULTIFUNCTION and not function.rid & 7:
-        return None
-    for device in devices:
-        if device.pci is not None and device.pci.rid >> 3 == function.rid >> 3 and device.group is not None:
-            return device.group
-    return None
 
 
 def _setup_default_domain(group: Group) -> None:

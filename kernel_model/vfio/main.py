@@ -169,8 +169,10 @@ class VfioPciDriver:
             self._files.remove(path)
 
     def _probe(self, device: Device) -> None:
-        """vfio_pci_probe() and __vfio_register_dev(). EINVAL: the IOMMU is not cache-coherent; there is none, and VFIO
-        was not told to give such devices away."""
+        """vfio_pci_probe() and __vfio_register_dev(). EINVAL: a bridge; the IOMMU is not cache-coherent; there is none,
+        and VFIO was not told to give such devices away."""
+        if device.pci is not None and device.pci.secondary:
+            raise KernelError(errno.EINVAL, f"{device.name} is a bridge")
         if device.iommu is None:
             if not self._noiommu:
                 raise KernelError(errno.EINVAL, f"{device.name} is behind no IOMMU")

@@ -21,6 +21,7 @@ from kernel_model.errors import KernelBug, KernelError
 from kernel_model.file import SystemCall
 from kernel_model.iommu.core import Device
 from kernel_model.irq import pci_intx
+from kernel_model.pci_ats import restore_state, save_state
 from kernel_model.vfio.device import VfioDevice
 from kernel_model.vfio.eventfd import EventFd, eventfd_ctx_fdget
 from kernel_model.vfio.feature import check_feature
@@ -115,7 +116,7 @@ class VfioPciDevice(VfioDevice):
             if bar is not None:
                 command |= PCI_COMMAND_MEMORY if bar.is_memory else PCI_COMMAND_IO
         function.config_write(PCI_COMMAND, 2, command)
-        self.reset_works = self._try_reset_function()
+        self.reset_works = self.try_reset_function()
         self._saved = bytes(function.config[:_HEADER_SIZE])
         pci_intx(function, True)
         self.config = VirtualConfig(self)
@@ -129,16 +130,17 @@ class VfioPciDevice(VfioDevice):
         function.config_write(PCI_COMMAND, 2, function.config_read(PCI_COMMAND, 2) & ~PCI_COMMAND_MASTER)
         self.interrupts.disable()
         self.regions.close()
-        self._try_reset_function()
+        self.try_reset_function()
         self._restore(self._saved)
         del self.config, self.interrupts, self.regions
 
-    def _try_reset_function(self) -> bool:
+    def try_reset_function(self) -> bool:
         """pci_try_reset_function(): reset with the configuration kept; False where the function has no reset."""
         if not self.function.reset_methods:
             return False
-        saved = bytes(self.function.config[:_HEADER_SIZE])
+        saved, services = bytes(self.function.config[:_HEADER_SIZE]), save_state(self.function)
         self.function.reset()
+        restore_state(self.function, services)
         self._restore(saved)
         return True
 
@@ -231,7 +233,7 @@ class VfioPciDevice(VfioDevice):
         """VFIO_DEVICE_RESET. EINVAL: the function has no reset."""
         if not self.reset_works:
             raise KernelError(errno.EINVAL, "the function has no reset")
-        self._try_reset_function()
+        self.try_reset_function()
         return 0
 
     def _get_pci_hot_reset_info(self, call: SystemCall, arg: int) -> int:

@@ -5,8 +5,9 @@ bits that are virtual (kept in `vconfig`, never read from the function) and bits
 owns goes to the function as it is. BARs are wholly virtual, so probing them moves nothing; the command register passes
 through except for Interrupt Disable; MSI is virtual, because the kernel programs the real message.
 
-Left out: capabilities that no function of the model's machines has (power management, PCI Express, VPD, AF, MSI-X and
-all extended ones): meeting one is a KernelBug. Also virtual functions, expansion ROMs, recovery from backdoor resets.
+Left out: capabilities that no function of the model's machines has (power management, VPD, AF, MSI-X, and of the
+extended ones all but ATS, PRI, PASID and ACS): meeting one is a KernelBug. Also virtual functions, expansion ROMs,
+recovery from backdoor resets.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fakedev.pci import (
     PCI_COMMAND_IO,
     PCI_COMMAND_MEMORY,
     PCI_DEVICE_ID,
+    PCI_EXT_CAP_START,
     PCI_INTERRUPT_LINE,
     PCI_INTERRUPT_PIN,
     PCI_MSI_ADDRESS_HI,
@@ -37,6 +39,18 @@ from fakedev.pci import (
     PCI_STATUS_CAP_LIST,
     PCI_VENDOR_ID,
 )
+from fakedev.pcie import (
+    PCI_CAP_ID_EXP,
+    PCI_EXP_DEVCAP,
+    PCI_EXP_DEVCAP_FLR,
+    PCI_EXP_DEVCTL,
+    PCI_EXP_DEVCTL_BCR_FLR,
+    PCI_EXP_TYPE_RC_END,
+    PCI_EXT_CAP_ID_ACS,
+    PCI_EXT_CAP_ID_ATS,
+    PCI_EXT_CAP_ID_PASID,
+    PCI_EXT_CAP_ID_PRI,
+)
 from kernel_model.errors import KernelBug, KernelError
 from uapi.vfio import VFIO_PCI_MSI_IRQ_INDEX
 
@@ -48,6 +62,10 @@ _PCI_LATENCY_TIMER, _PCI_BIST, _PCI_BASE_ADDRESS_5, _PCI_ROM_ADDRESS = 0x0D, 0x0
 _PCI_CAP_LIST_NEXT = 1
 _PCI_MSI_DATA_64, _PCI_MSI_DATA_32 = 12, 8
 _PCI_CAP_ID_NULL = 0
+_PCI_EXP_DEVCTL2 = 0x28
+_DEVCTL_PAYLOAD, _DEVCTL_PHANTOM, _DEVCTL_READRQ, _DEVCTL2_ARI = 0x00E0, 0x0200, 0x7000, 0x0020
+#: Lengths of extended capabilities (`pci_ext_cap_length`); 0: clients do not see it.
+_EXTENDED = {PCI_EXT_CAP_ID_ACS: 8, PCI_EXT_CAP_ID_ATS: 8, PCI_EXT_CAP_ID_PRI: 16, PCI_EXT_CAP_ID_PASID: 0}
 #: Ids in the map for bytes that no capability owns, and for the header itself.
 _BASIC, _INVALID = 0, 0xFF
 
@@ -88,6 +106,8 @@ class VirtualConfig:
         self.vconfig[:_HEADER_SIZE] = self._function.config[:_HEADER_SIZE]
         self._bars_are_dirty = True
         self._perms = {_BASIC: self._basic_perms()}
+        #: Every extended capability can be read as it is, but for its header, and written nowhere.
+        self._extended = PermBits(0, self._extended_read, lambda *_: None)
         self._find_capabilities()
 
     # -- what a client does ------------------------------------------------------------------------------------------
@@ -96,7 +116,7 @@ class VirtualConfig:
         """vfio_pci_config_rw() for reading. EFAULT: any byte beyond the end; then nothing is returned."""
         data = bytearray()
         for at, width, cap, offset in self._accesses(position, count):
-            perm = self._perms.get(cap)
+            perm = self._perm(at, cap)
             value = perm.read(at, width, perm, offset) if perm is not None else self._function.config_read(at, width)
             data += value.to_bytes(width, "little")
         return bytes(data)
@@ -105,12 +125,17 @@ class VirtualConfig:
         """vfio_pci_config_rw() for writing. EFAULT: any byte beyond the end; what came before has been written."""
         for at, width, cap, offset in self._accesses(position, len(data)):
             value = int.from_bytes(data[at - position : at - position + width], "little")
-            perm = self._perms.get(cap)
+            perm = self._perm(at, cap)
             if perm is not None:
                 perm.write(at, width, perm, offset, value)
             else:
                 self._function.config_write(at, width, value)
         return len(data)
+
+    def _perm(self, at: int, cap: int) -> PermBits | None:
+        if at < PCI_EXT_CAP_START:
+            return self._perms.get(cap)
+        return None if cap == _INVALID else self._extended
 
     def _accesses(self, position: int, count: int) -> list[tuple[int, int, int, int]]:
         """Chop into aligned accesses within one capability: (position, width, capability, offset in it)."""
@@ -158,6 +183,13 @@ class VirtualConfig:
                 self._map[at : at + length] = bytes([cap]) * length
                 self.vconfig[at : at + length] = config[at : at + length]
                 link, kept = at + _PCI_CAP_LIST_NEXT, kept + 1
+            elif cap == PCI_CAP_ID_EXP:
+                self._perms[cap] = self._express_perms()
+                length = 0x2C if self._function.express_type == PCI_EXP_TYPE_RC_END else 0x34
+                self._map[at : at + length] = bytes([cap]) * length
+                self.vconfig[at : at + length] = config[at : at + length]
+                link, kept = at + _PCI_CAP_LIST_NEXT, kept + 1
+                self._find_extended_capabilities()
             elif cap == _PCI_CAP_ID_NULL:
                 self.vconfig[link] = following
             else:
@@ -165,6 +197,59 @@ class VirtualConfig:
             at = following
         if not kept:
             self.vconfig[PCI_STATUS] &= ~PCI_STATUS_CAP_LIST
+
+    def _find_extended_capabilities(self) -> None:
+        """vfio_ecap_init(): take those that clients do not see out of the chain."""
+        function, at, before, kept = self._function, PCI_EXT_CAP_START, 0, 0
+        if function.config_size <= PCI_EXT_CAP_START or not function.config_read(at, 4):
+            return
+        while at:
+            header = function.config_read(at, 4)
+            cap, following = header & 0xFFFF, header >> 20
+            if cap not in _EXTENDED:
+                raise KernelBug(f"extended capability {cap:#x} at {at:#x} is not modelled")
+            length = _EXTENDED[cap]
+            if not length and before:
+                link = int.from_bytes(self.vconfig[before : before + 4], "little") & 0xFFFFF | following << 20
+                self.vconfig[before : before + 4] = link.to_bytes(4, "little")
+            else:
+                # The first cannot be taken out: it stays, without a name.
+                self._map[at : at + (length or 4)] = bytes([cap]) * (length or 4)
+                self.vconfig[at : at + 4] = (header if length else following << 20).to_bytes(4, "little")
+                before, kept = at, kept + bool(length)
+            at = following
+        if not kept:
+            self.vconfig[PCI_EXT_CAP_START : PCI_EXT_CAP_START + 4] = bytes(4)
+
+    def _extended_read(self, at: int, width: int, _perm: PermBits, offset: int) -> int:
+        """vfio_direct_config_read()."""
+        if offset < 4:
+            return int.from_bytes(self.vconfig[at : at + width], "little")
+        return self._function.config_read(at, width)
+
+    def _express_perms(self) -> PermBits:
+        """init_pci_cap_exp_perm()."""
+        perm = PermBits(0x34, self._default_read, self._express_write)
+        perm.set(_PCI_CAP_LIST_NEXT, 1, 0xFF, 0)
+        virt = PCI_EXP_DEVCTL_BCR_FLR | _DEVCTL_PAYLOAD | _DEVCTL_READRQ
+        perm.set(PCI_EXP_DEVCTL, 2, virt, 0xFFFF & ~_DEVCTL_PHANTOM)
+        perm.set(_PCI_EXP_DEVCTL2, 2, 0, 0xFFFF & ~_DEVCTL2_ARI)
+        return perm
+
+    def _express_write(self, at: int, width: int, perm: PermBits, offset: int, value: int) -> None:
+        """vfio_exp_config_write(): a function level reset is the kernel's; the read request size goes through."""
+        start = at - offset + PCI_EXP_DEVCTL
+        before = int.from_bytes(self.vconfig[start : start + 2], "little")
+        self._default_write(at, width, perm, offset, value)
+        control = int.from_bytes(self.vconfig[start : start + 2], "little")
+        if control & PCI_EXP_DEVCTL_BCR_FLR:
+            control &= ~PCI_EXP_DEVCTL_BCR_FLR
+            self.vconfig[start : start + 2] = control.to_bytes(2, "little")
+            if self._function.config_read(at - offset + PCI_EXP_DEVCAP, 4) & PCI_EXP_DEVCAP_FLR:
+                self._device.try_reset_function()
+        if (before ^ control) & _DEVCTL_READRQ and control >> 12 & 7 <= 5:
+            real = self._function.config_read(start, 2) & ~_DEVCTL_READRQ
+            self._function.config_write(start, 2, real | control & _DEVCTL_READRQ)
 
     def _basic_perms(self) -> PermBits:
         """init_pci_cap_basic_perm()."""

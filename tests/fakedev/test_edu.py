@@ -2,7 +2,18 @@
 
 import pytest
 
-from fakedev.machine import machine
+from fakedev.dma import DmaRequest, Outcome, Parked
+from fakedev.edu import (
+    DMA_RUN,
+    DMA_START,
+    DMA_TO_PCI,
+    REG_DMA_CMD,
+    REG_DMA_COUNT,
+    REG_DMA_DST,
+    REG_DMA_SRC,
+    Edu,
+)
+from fakedev.machine import Machine, machine
 
 BUS_MASTER = 0x6
 
@@ -149,3 +160,83 @@ def test_without_bus_master_nothing_moves(box, edu, bar):
     dma(bar, 0x40000, 0x100000, 16, 3)
     assert box.memory.read(0x100000, 16) == bytes(16)
     assert bar.read(0x98, 8) == 2
+
+
+# -- waiting in the IOMMU --------------------------------------------------------------------------------------------
+
+
+class Stalling:
+    """An IOMMU that parks every request for one page until it is let through."""
+
+    def __init__(self, page):
+        self.page = page
+        self.parked = []
+
+    def translate(self, port, pasid, address, length, access):
+        if address & -4096 == self.page:
+            self.parked.append(Parked(DmaRequest(port.rid, pasid, address, length, access)))
+            raise self.parked[-1]
+        start = address & -4096
+        return start, start + 4096, 0, 3
+
+
+@pytest.fixture
+def stalling():
+    box = Machine("stalling")
+    iommu = Stalling(0x20_1000)
+    device = box.root.add(Edu("0000:00:10.0", command=6), iommu)
+    device.buffer[:] = b"x" * 4096
+    yield box, iommu, device
+    box.close()
+
+
+def start(device, command=DMA_RUN | DMA_TO_PCI, outside=0x20_0FFC, count=8):
+    inside, other = (REG_DMA_SRC, REG_DMA_DST) if command & DMA_TO_PCI else (REG_DMA_DST, REG_DMA_SRC)
+    device.store(inside, 8, DMA_START)
+    device.store(other, 8, outside)
+    device.store(REG_DMA_COUNT, 8, count)
+    device.store(REG_DMA_CMD, 8, command)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "landed"), [(Outcome.RETRY, b"xxxx"), (Outcome.ABORT, bytes(4)), (Outcome.RAZ_WI, bytes(4))]
+)
+def test_a_transfer_that_waits_runs_on_when_the_iommu_lets_it(stalling, outcome, landed):
+    box, iommu, device = stalling
+    start(device)
+    assert box.memory.read(0x20_0FFC, 8) == b"xxxx" + bytes(4)
+    assert device.load(REG_DMA_CMD, 8) & DMA_RUN
+    iommu.page = None
+    iommu.parked[0].resolve(outcome)
+    assert box.memory.read(0x20_0FFC, 8) == b"xxxx" + landed
+    assert not device.load(REG_DMA_CMD, 8) & DMA_RUN
+
+
+def test_a_read_that_is_ended_while_it_waits_gives_zeros(stalling):
+    _, iommu, device = stalling
+    start(device, DMA_RUN)
+    iommu.parked[0].resolve(Outcome.ABORT)
+    assert bytes(device.buffer[:9]) == bytes(8) + b"x"
+
+
+def test_dma_registers_do_not_change_while_a_transfer_waits(stalling):
+    _, iommu, device = stalling
+    start(device)
+    device.store(REG_DMA_COUNT, 8, 1)
+    assert device.load(REG_DMA_COUNT, 8) == 8
+    iommu.parked[0].resolve(Outcome.RAZ_WI)
+    device.store(REG_DMA_COUNT, 8, 1)
+    assert device.load(REG_DMA_COUNT, 8) == 1
+
+
+def test_an_interrupt_that_waits_comes_when_the_iommu_lets_it(stalling):
+    box, iommu, device = stalling
+    device.dma.msi_window = (0, 0)  # as on Arm: an interrupt is a write like any other
+    device.config_write(0x44, 4, 0x20_1000)
+    device.config_write(0x4C, 2, 0x55)
+    device.config_write(0x42, 2, 1)
+    device.msi.notify()
+    assert box.memory.read(0x20_1000, 1) == b"\0"
+    iommu.page = None
+    iommu.parked[0].resolve(Outcome.RETRY)
+    assert box.memory.read(0x20_1000, 1) == b"\x55"

@@ -1,5 +1,6 @@
 """The translation cache: tags, runs, large pages, and invalidation of exactly what is named."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -93,3 +94,31 @@ def test_pages_named_are_gone_and_all_others_stay(runs, cleared):
     for page in found:
         start, stop, _, _ = tlb.lookup(1, page * PAGE)
         assert all(n in found for n in range(start // PAGE, stop // PAGE))
+
+
+@pytest.mark.parametrize("lg2", [14, 16, 21, 25, 29, 30, 39])
+def test_entries_have_any_page_size(lg2):
+    tlb = Tlb()
+    start = 3 << lg2
+    run = (start, start + (1 << lg2), -start, 3)
+    tlb.insert(1, run, lg2)
+    assert tlb.lookup(1, start + (1 << lg2) - 1) == run
+    assert tlb.lookup(1, start - 1) is None
+    tlb.clear_range(1, start - 4096, 4096)
+    assert len(tlb) == 1
+    tlb.clear_range(1, start + (1 << lg2) - 4096, 4096)
+    assert (len(tlb), tlb.slots) == (0, 0)
+
+
+def test_runs_are_the_entries_that_reach_into_a_range():
+    tlb = Tlb()
+    pages = (0x1000, 0x4000, 0, 3)
+    large = (0x20_0000, 0x40_0000, 0, 3)
+    tlb.insert(7, pages, 12)
+    tlb.insert(7, large, 21)
+    tlb.insert(8, (0x1000, 0x2000, 0, 3), 12)
+    assert tlb.tags() == [7, 8]
+    assert tlb.runs(7, 0, 1 << 64) == [pages, large]
+    assert tlb.runs(7, 0x3FFF, 1) == [pages]
+    assert tlb.runs(7, 0x4000, 0x1F_C000) == []
+    assert tlb.runs(9, 0, 1 << 64) == []

@@ -2,9 +2,10 @@
 
 import pytest
 
-from fakedev.dma import READ, WRITE, DmaAbort
+from fakedev.dma import NO_PASID, READ, WRITE, DmaAbort, TranslationFault
 from fakedev.machine import VTD_LEGACY_CAP, VTD_LEGACY_ECAP, Machine
 from fakedev.pci import PciFunction
+from fakedev.vtd.unit import VtdUnit
 
 BASE = 0xFED90000
 GCMD, GSTS, RTADDR, CCMD, FSTS, FECTL, FEDATA, FEADDR = 0x18, 0x1C, 0x20, 0x28, 0x34, 0x38, 0x3C, 0x40
@@ -487,3 +488,58 @@ def test_a_fault_is_told_with_the_walk(bench):
     assert text.splitlines()[0] == "00:10.0: write to 4 bytes at iova 0x1000: fault 05h, no write permission"
     assert "domain 0x7, 4 levels from 0x110000" in text
     assert text.splitlines()[-1].endswith("page of 0x1000 bytes at 0x200000, R")
+
+
+@pytest.mark.parametrize("bit", [48, 51, 52, 63])
+@pytest.mark.parametrize(("entry", "reason"), [("root", 0xA), ("context", 0xB), ("table", 0xC)])
+def test_address_bits_beyond_the_host_address_width_are_reserved(entry, reason, bit):
+    bench = Bench()
+    unit = VtdUnit(bench.memory, VTD_LEGACY_CAP, VTD_LEGACY_ECAP, host_address_bits=48, send_interrupt=lambda *_: None)
+    unit.write(RTADDR, 8, ROOT)
+    unit.write(GCMD, 4, SRTP)
+    unit.write(GCMD, 4, TE)
+    bench.root(CONTEXT | 1 | (1 << bit if entry == "root" else 0))
+    bench.context(TABLES[0] | 1 | (1 << bit if entry == "context" else 0))
+    bench.map(0x1000, PAGE)
+    if entry == "table":
+        bench.word(TABLES[0], TABLES[1] | 3 | 1 << bit)
+    if entry == "table" and bit >= 52:  # ignored there
+        unit.translate(bench.dma, NO_PASID, 0x1000, 4, WRITE)
+        return
+    with pytest.raises(TranslationFault, match=f"fault {reason:02x}h"):
+        unit.translate(bench.dma, NO_PASID, 0x1000, 4, WRITE)
+
+
+def test_pass_through_ends_at_the_host_address_width():
+    bench = Bench()
+    unit = VtdUnit(bench.memory, VTD_LEGACY_CAP, VTD_LEGACY_ECAP, host_address_bits=46, send_interrupt=lambda *_: None)
+    unit.write(RTADDR, 8, ROOT)
+    unit.write(GCMD, 4, SRTP)
+    unit.write(GCMD, 4, TE)
+    bench.root()
+    bench.context(tt=2)
+    unit.translate(bench.dma, NO_PASID, (1 << 46) - 4, 4, WRITE)
+    with pytest.raises(TranslationFault, match="fault 04h"):
+        unit.translate(bench.dma, NO_PASID, 1 << 46, 4, WRITE)
+
+
+@pytest.mark.parametrize("bit", [11, 62])
+def test_bits_11_and_62_of_a_second_stage_table_pointer_are_reserved(bench, bit):
+    bench.map(0x1000, PAGE)
+    bench.word(TABLES[0], TABLES[1] | 3 | 1 << bit)
+    with pytest.raises(DmaAbort):
+        bench.dma.write(0x1000, b"1234")
+    assert bench.reg(FRCD + 12) & 0xFF == 0xC
+
+
+@pytest.mark.parametrize("device_tlb", [0, 4])
+def test_bit_62_of_a_leaf_is_reserved_with_and_without_device_tlbs(device_tlb):
+    bench = Bench(ecap=VTD_LEGACY_ECAP & ~4 | device_tlb)
+    bench.root()
+    bench.context()
+    bench.start()
+    bench.map(0x1000, PAGE | 1 << 62)
+    with pytest.raises(DmaAbort):
+        bench.dma.write(0x1000, b"1234")
+    assert bench.reg(FRCD + 12) & 0xFF == 0xC
+    bench.box.close()

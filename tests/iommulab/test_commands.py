@@ -65,6 +65,7 @@ def test_one_test_by_id_and_a_record(tmp_path: Path) -> None:
         (["conformance", "-k", "((", "ioas_alloc"], "-k"),
         (["conformance", "ioas_alloc::test_not_there"], "not found"),
         (["conformance", "--machine", "toaster", "ioas_alloc"], "toaster"),
+        (["conformance", "--machine", "no/such.toml", "ioas_alloc"], "no/such.toml: cannot be read"),
         (["conformance", "--kernel", "0.99", "ioas_alloc"], "0.99"),
         (["conformance", "--kernel-image", "/x"], "add --on vm"),
         (["conformance", "--on", "vm", "-n", "2"], "one real kernel runs one test at a time"),

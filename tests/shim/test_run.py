@@ -117,6 +117,7 @@ def test_exit_status_and_signals_are_passed_on() -> None:
         (["--"], "name a program"),
         ([], "name a program"),
         (["--machine", "nothing", "--", "true"], "nothing"),
+        (["--machine", "no-such.toml", "--", "true"], "no-such.toml: cannot be read: no such file or directory"),
         (["--bind", "0000:00:99.0", "--", "true"], "has no PCI function 0000:00:99.0"),
         (["--version", "1.0", "--", "true"], "1.0 is no release that the model knows"),
     ],

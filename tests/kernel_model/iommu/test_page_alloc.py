@@ -47,3 +47,22 @@ def test_a_double_free_is_a_bug_of_the_model(memory):
     pages.free(page)
     with pytest.raises(KernelBug):
         pages.free(page)
+
+
+def test_larger_allocations_are_powers_of_two_aligned_and_zero():
+    memory = PhysicalMemory(4 << 20)
+    pages = PageAllocator(memory)
+    first = pages.alloc()
+    large = pages.alloc(0x9000)
+    assert large % 0x10000 == 0
+    assert pages.live == 17
+    assert pages.alloc() == first + 4096  # what alignment skipped is not lost
+    memory.write(large + 0x8000, b"x")
+    pages.free(large)
+    assert pages.live == 2
+    assert pages.alloc(0x10000) == large
+    assert memory.read(large, 0x10000) == bytes(0x10000)
+    with pytest.raises(KernelError) as caught:
+        pages.alloc(4 << 20)
+    assert caught.value.errno == errno.ENOMEM
+    memory.close()

@@ -1,0 +1,305 @@
+"""Machines from TOML files: users' own topologies.
+
+`load(path)` builds one; `build(name)` takes a path that ends in ".toml", or a name of `fakedev.machine`. What a file
+may say is in docs/machines.md and in the tables below; whatever is wrong with it is a `MachineFileError`, one sentence
+that names the file, the table and what would be right.
+
+Left out: functions in other PCI segments, RAM elsewhere than from 0.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fakedev.bridge import ACS_ALL, KINDS, PciBridge
+from fakedev.dsa import MMIO_SIZE as DSA_MMIO_SIZE
+from fakedev.dsa import PORTALS_SIZE, Dsa
+from fakedev.edu import BAR_SIZE as EDU_BAR_SIZE
+from fakedev.edu import Edu
+from fakedev.hostile import Hostile
+from fakedev.iommu_testdev import BAR_SIZE as TESTDEV_BAR_SIZE
+from fakedev.iommu_testdev import IommuTestdev
+from fakedev.machine import SMMU_BASE, VTD_BASE, VTD_LEGACY_CAP, VTD_LEGACY_ECAP, Machine, machine
+from fakedev.memory import LOW_RAM_LIMIT, PhysicalMemory
+from fakedev.pci import MEM32, Bar, PciFunction, rid_of
+from fakedev.pcie import PCI_EXP_TYPE_ENDPOINT, PCI_EXP_TYPE_RC_END
+from fakedev.smmuv3.regs import Features as SmmuFeatures
+from fakedev.smmuv3.unit import SmmuV3
+from fakedev.vtd.features import SCALABLE
+from fakedev.vtd.features import Features as VtdFeatures
+from fakedev.vtd.unit import VtdUnit
+
+Table: TypeAlias = dict[str, Any]
+Unit: TypeAlias = VtdUnit | SmmuV3
+
+#: Where BARs go that the file gives no address, and where that stops.
+_BARS_START, _BARS_END = 0xC000_0000, 0xFEC0_0000
+_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_MACHINE_KEYS = {"name", "ram", "kernel_arguments", "iommu", "device", "bridge"}
+_IOMMU_KEYS = {"name", "kind", "base", "preset", "features"}
+_DEVICE_KEYS = {"kind", "address", "iommu", "bar", "bus_master"}
+_BRIDGE_KEYS = {"kind", "address", "buses", "iommu", "acs"}
+_ACS_BITS = {"sv": 1, "tb": 2, "rr": 4, "cr": 8, "uf": 0x10, "dt": 0x40}
+
+
+class MachineFileError(ValueError):
+    """What is wrong with a machine file, in one sentence."""
+
+
+class _Where:
+    """A table of the file, for messages."""
+
+    def __init__(self, file: str, what: str = "") -> None:
+        self.file = file
+        self.what = what
+
+    def error(self, text: str) -> MachineFileError:
+        return MachineFileError(f"{self.file}: {self.what + ': ' if self.what else ''}{text}")
+
+    def keys(self, table: Table, known: set[str], needed: tuple[str, ...] = ()) -> None:
+        for key in table:
+            if key not in known:
+                raise self.error(f"unknown key {key!r}; there are {', '.join(sorted(known))}")
+        for key in needed:
+            if key not in table:
+                raise self.error(f"{key!r} is missing")
+
+    def get(self, table: Table, key: str, kind: type, default: Any = None) -> Any:
+        """The value of `key`, of the right type (a bool is no int)."""
+        value = table.get(key, default)
+        if value is None or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
+            return value
+        names = {str: "a string", int: "an integer", bool: "true or false", list: "a list", dict: "a table"}
+        raise self.error(f"{key!r} is {names[kind]}, not {value!r}")
+
+    def tables(self, table: Table, key: str) -> list[Table]:
+        found = table.get(key, [])
+        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+            raise self.error(f"{key!r} is a list of tables, each of which begins with [[{key}]]")
+        return found
+
+
+def build(name: str) -> Machine:
+    """A new machine: of a file if `name` ends in ".toml", else of that name. ValueError, MachineFileError."""
+    return load(name) if name.endswith(".toml") else machine(name)
+
+
+def load(path: str | Path) -> Machine:
+    """The machine that the file at `path` describes. MachineFileError for whatever is wrong with it."""
+    where = _Where(str(path))
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise where.error(f"cannot be read: {(error.strerror or str(error)).lower()}") from error
+    except UnicodeDecodeError as error:
+        raise where.error("is not UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise where.error(f"is not TOML: {str(error)[0].lower()}{str(error)[1:]}") from error
+    where.keys(table, _MACHINE_KEYS)
+    name = where.get(table, "name", str, Path(path).stem)
+    arguments = where.get(table, "kernel_arguments", str, "")
+    # Everything is looked at before memory is taken.
+    plan = _Plan(where, table)
+    size = _ram(where, table.get("ram", "2 GiB"))
+    try:
+        memory = PhysicalMemory(size)
+    except ValueError as error:
+        raise where.error(f"'ram': {error}") from error
+    box = Machine(name, memory, arguments)
+    try:
+        plan.furnish(box)
+    except BaseException:
+        box.close()
+        raise
+    return box
+
+
+def _ram(where: _Where, value: object) -> int:
+    if isinstance(value, str):
+        number, _, unit = value.partition(" ")
+        if number.isdecimal() and unit in _UNITS:
+            return int(number) * _UNITS[unit]
+    elif isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise where.error(f"'ram' is a number of bytes, or as \"512 MiB\", up to {LOW_RAM_LIMIT >> 30} GiB, not {value!r}")
+
+
+class _Plan:
+    """A file that has been read: what to add to a machine, in which order."""
+
+    def __init__(self, where: _Where, table: Table) -> None:
+        self._where = where
+        self._units: dict[str, Callable[[Machine], Unit]] = {}
+        self._functions: list[tuple[_Where, Table, bool]] = []
+        self._bases: list[tuple[int, int, str]] = []
+        self._next_bar = _BARS_START
+        for number, one in enumerate(where.tables(table, "iommu"), 1):
+            self._iommu(number, one)
+        for key in ("bridge", "device"):
+            for number, one in enumerate(where.tables(table, key), 1):
+                place = f" ({one['address']})" if isinstance(one.get("address"), str) else ""
+                self._functions.append((_Where(where.file, f"{key} {number}{place}"), one, key == "bridge"))
+
+    def _iommu(self, number: int, table: Table) -> None:
+        where = _Where(self._where.file, f"iommu {number}")
+        where.keys(table, _IOMMU_KEYS, ("kind",))
+        name = where.get(table, "name", str, f"iommu{number}")
+        if name in self._units or name == "none":
+            raise where.error(f"the name {name!r} is taken")
+        kind = where.get(table, "kind", str)
+        changes = where.get(table, "features", dict, {})
+        preset = where.get(table, "preset", str)
+        if kind == "vtd":
+            size, base = 0x1000, where.get(table, "base", int, VTD_BASE)
+            presets = {"legacy": VtdFeatures.of(VTD_LEGACY_CAP, VTD_LEGACY_ECAP), "scalable": SCALABLE}
+            features = self._features(where, presets.get(preset or "legacy"), preset, list(presets), changes)
+            self._units[name] = lambda box: box.add_vtd(base, features.cap, features.ecap)
+        elif kind == "smmuv3":
+            size, base = 0x20000, where.get(table, "base", int, SMMU_BASE)
+            if isinstance(changes.get("granules"), list):
+                changes = {**changes, "granules": tuple(changes["granules"])}
+            chosen = self._features(where, SmmuFeatures() if preset is None else None, preset, [], changes)
+            self._units[name] = lambda box: box.add_smmu(base, chosen)
+        else:
+            raise where.error(f'\'kind\' is "vtd" or "smmuv3", not {kind!r}')
+        aligned = min(size, 0x10000)
+        if base % aligned or not 0 <= base < 1 << 52:
+            raise where.error(f"'base' {base:#x} is no multiple of {aligned:#x} below 2**52")
+        for other, end, whose in self._bases:
+            if base < end and other < base + size:
+                raise where.error(f"its registers at {base:#x} overlap those of {whose}")
+        self._bases.append((base, base + size, name))
+
+    def _features(self, where: _Where, start: Any, preset: str | None, presets: list[str], changes: Table) -> Any:
+        if start is None:
+            known = f"there are {', '.join(presets)}" if presets else "this kind has none"
+            raise where.error(f"no preset {preset!r}; {known}")
+        known_fields = {field.name: type(getattr(start, field.name)) for field in fields(start)}
+        for key, value in changes.items():
+            if key not in known_fields:
+                raise where.error(f"no feature {key!r}; there are {', '.join(sorted(known_fields))}")
+            if type(value) is not known_fields[key]:
+                raise where.error(f"the feature {key!r} is of type {known_fields[key].__name__}, not {value!r}")
+        try:
+            return replace(start, **changes)
+        except (ValueError, TypeError) as error:
+            raise where.error(f"'features': {error}") from error
+
+    # -- functions ---------------------------------------------------------------------------------------------------
+
+    def furnish(self, box: Machine) -> None:
+        """Add units, bridges and devices to an empty machine."""
+        units = {name: add(box) for name, add in self._units.items()}
+        seen: dict[str, _Where] = {}
+        slots = self._slots()
+        made: list[tuple[_Where, Table, PciFunction]] = []
+        # Registers with a place of their own come first; the others go around them.
+        for where, table, is_bridge in sorted(self._functions, key=lambda one: "bar" not in one[1]):
+            where.keys(table, _BRIDGE_KEYS if is_bridge else _DEVICE_KEYS, ("kind", "address"))
+            address = where.get(table, "address", str)
+            if address in seen:
+                raise where.error(f"{seen[address].what} is there already")
+            seen[address] = where
+            try:
+                function = self._bridge(where, table) if is_bridge else self._device(where, table)
+            except MachineFileError:
+                raise
+            except ValueError as error:
+                raise where.error(str(error)) from error
+            if len(slots[address[:-2]]) > 1:
+                function.set_multifunction()
+            made.append((where, table, function))
+        # A bridge comes before what is behind it.
+        for where, table, function in sorted(made, key=lambda one: (one[2].rid >> 8, one[2].rid)):
+            if any(other.secondary == function.secondary for other in box.functions if function.secondary):
+                raise where.error(f"two bridges lead to bus {function.secondary:02x}")
+            box.add(function, self._unit_of(where, table, units))
+            if function.rid >> 8 and not box.root.upstream(function):
+                raise where.error(f"no bridge leads to bus {function.rid >> 8:02x}")
+
+    def _slots(self) -> dict[str, set[str]]:
+        slots: dict[str, set[str]] = {}
+        for where, table, _ in self._functions:
+            address = where.get(table, "address", str, "")
+            try:
+                rid_of(address)
+            except ValueError:
+                raise where.error("'address' is as \"0000:00:10.0\": segment 0, bus, device, function") from None
+            slots.setdefault(address[:-2], set()).add(address)
+        for slot, addresses in slots.items():
+            if f"{slot}.0" not in addresses:
+                raise self._where.error(f"{min(addresses)} needs a function 0 in its slot, or no scan finds it")
+        return slots
+
+    def _unit_of(self, where: _Where, table: Table, units: dict[str, Unit]) -> Unit | None:
+        name = where.get(table, "iommu", str)
+        if name == "none" or (name is None and not units):
+            return None
+        if name is None:
+            if len(units) > 1:
+                raise where.error(f"'iommu' says which: {', '.join(units)} or none")
+            return next(iter(units.values()))
+        if name not in units:
+            raise where.error(f"there is no iommu {name!r}; there are {', '.join([*units, 'none'])}")
+        return units[name]
+
+    def _bridge(self, where: _Where, table: Table) -> PciBridge:
+        kind = where.get(table, "kind", str)
+        if kind not in KINDS:
+            raise where.error(f"'kind' is one of {', '.join(KINDS)}, not {kind!r}")
+        buses = where.get(table, "buses", list)
+        if not buses or len(buses) > 2 or not all(type(bus) is int for bus in buses):
+            raise where.error("'buses' are the bus behind it and the last one: [1] or [1, 4]")
+        acs = ACS_ALL
+        if "acs" in table:
+            names = where.get(table, "acs", list)
+            unknown = [name for name in names if not isinstance(name, str) or name not in _ACS_BITS]
+            if unknown:
+                raise where.error(f"no access control service {unknown[0]!r}; there are {', '.join(_ACS_BITS)}")
+            acs = sum(_ACS_BITS[name] for name in set(names))
+        return PciBridge(table["address"], *buses, kind=kind, acs=acs)
+
+    def _device(self, where: _Where, table: Table) -> PciFunction:
+        kind, address = where.get(table, "kind", str), table["address"]
+        command = 0x103 | (4 if where.get(table, "bus_master", bool, False) else 0)
+        express = PCI_EXP_TYPE_ENDPOINT if rid_of(address) >> 8 else PCI_EXP_TYPE_RC_END
+        if kind == "edu":
+            return Edu(address, self._bar(where, table, EDU_BAR_SIZE), 10, command)
+        if kind == "iommu-testdev":
+            return IommuTestdev(address, self._bar(where, table, TESTDEV_BAR_SIZE), command)
+        if kind == "dsa":
+            first = self._bar(where, table, max(DSA_MMIO_SIZE, PORTALS_SIZE) * 2)
+            return Dsa(address, first, first + PORTALS_SIZE, command=command, kind=express)
+        if kind == "hostile":
+            return Hostile(address, kind=express, command=command)
+        if kind == "inert":
+            return PciFunction(
+                address,
+                (0x1B36, 0x0001),
+                0xFF0000,
+                bars=[Bar(4096, MEM32)],
+                addresses=[self._bar(where, table, 4096)],
+                command=command,
+            )
+        raise where.error(f"'kind' is one of edu, iommu-testdev, dsa, hostile, inert, not {kind!r}")
+
+    def _bar(self, where: _Where, table: Table, size: int) -> int:
+        """Where the device's registers are: what the file says, else the next free place."""
+        base = where.get(table, "bar", int)
+        if base is None:
+            base = -(-self._next_bar // size) * size
+            while any(base < end and other < base + size for other, end, _ in self._bases):
+                base += size
+            self._next_bar = base + size
+        if base % size or not LOW_RAM_LIMIT <= base <= _BARS_END - size:
+            raise where.error(f"'bar' {base:#x} is no multiple of {size:#x} from {LOW_RAM_LIMIT:#x} to {_BARS_END:#x}")
+        for other, end, whose in self._bases:
+            if base < end and other < base + size:
+                raise where.error(f"its registers at {base:#x} overlap those of {whose}")
+        self._bases.append((base, base + size, where.what))
+        return int(base)
