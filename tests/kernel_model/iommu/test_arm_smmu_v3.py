@@ -1,11 +1,12 @@
 """The SMMUv3 driver on the fake unit: what it says, what devices can reach, and that nothing stale is left."""
 
 import errno
+import random
 import struct
 
 import pytest
 
-from fakedev.dma import DmaAbort
+from fakedev.dma import NO_PASID, READ, DmaAbort, Outcome, Parked, TranslationFault
 from fakedev.machine import SMMU_BASE, Machine
 from fakedev.pci import PciFunction
 from fakedev.pcie import PCI_EXP_TYPE_RC_END, ExpressCapability, PasidCapability
@@ -25,6 +26,7 @@ from kernel_model.iommu.arm_smmu_v3.invalidation import (
     Invalidations,
 )
 from kernel_model.iommu.arm_smmu_v3.iommu import ArmSmmuV3
+from kernel_model.iommu.io_pgfault import IOMMU_PAGE_RESP_FAILURE, IOMMU_PAGE_RESP_SUCCESS, iopf_group_response
 from kernel_model.page_alloc import PageAllocator
 from uapi.iommufd import (
     IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
@@ -505,3 +507,100 @@ def test_receivers_are_counted():
     assert invs.unref(one) == [Inv(ATS, 8)]
     assert invs.unref(two) == two
     assert not invs
+
+
+# -- stalls ----------------------------------------------------------------------------------------------------------
+
+
+def stalled(world, address):
+    """What became of a read that stalls, as far as it is decided."""
+    with pytest.raises(Parked) as parked:
+        world.device.pci.dma.read(address, 6)
+    outcomes = []
+    parked.value.then(outcomes.append)
+    return outcomes
+
+
+def test_a_stalled_transaction_that_nobody_waits_for_is_ended(make):
+    world = make(Features(stall_model=regs.STALL_FORCED))
+    world.attach(world.domain())
+    assert stalled(world, G1) == [Outcome.ABORT]
+    assert world.smmu.log[-1] == 'unpriv data read s1 "Input address caused fault" stall stag: 0x0'
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"), [(IOMMU_PAGE_RESP_SUCCESS, Outcome.RETRY), (IOMMU_PAGE_RESP_FAILURE, Outcome.ABORT)]
+)
+@pytest.mark.parametrize("flags", [0, IOMMU_HWPT_ALLOC_NEST_PARENT], ids=["stage 1", "stage 2"])
+def test_a_stalled_transaction_waits_for_its_answer(make, flags, code, outcome):
+    world = make(Features(stall_model=regs.STALL_FORCED))
+    domain = world.domain(flags)
+    groups = []
+    domain.iopf_handler = groups.append
+    core.attach_group_handle(domain, world.device.group, core.AttachHandle())
+    outcomes = stalled(world, G1)
+    (group,) = groups
+    assert (outcomes, group.faults[0].addr, group.faults[0].perm) == ([], G1, 1)
+    domain.map(G1, PA, K4, RW)
+    iopf_group_response(group, code)
+    assert outcomes == [outcome]
+    world.attach(world.driver.blocked_domain)
+    assert world.device.fault_param is None
+
+
+# -- at random -------------------------------------------------------------------------------------------------------
+
+
+def translated(world, iova):
+    """Where a read of the device goes, None if it is refused."""
+    try:
+        _, _, delta, rights = world.unit.translate(world.device.pci.dma, NO_PASID, iova, 8, READ)
+    except TranslationFault:
+        return None
+    assert rights & READ
+    return iova + delta
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_is_mapped_unmapped_and_attached_no_device_sees_what_is_not_there(any_world, seed):
+    rng = random.Random(seed)
+    world = any_world
+    domains = [world.domain(), world.domain()]
+    if world.smmu.nesting:
+        domains.append(world.domain(IOMMU_HWPT_ALLOC_NEST_PARENT))
+    sizes = [1 << n for n in range(30) if domains[0].pgsize_bitmap >> n & 1]
+    small = sizes[0]
+    slots = 4 * sizes[1] // small
+    mapped = [{} for _ in domains]
+    current = None
+    for _ in range(60):
+        which = rng.randrange(len(domains))
+        domain, pages = domains[which], mapped[which]
+        what = rng.random()
+        if what < 0.2:
+            current = which
+            world.attach(domain)
+        elif what < 0.6:
+            size = rng.choice(sizes)
+            count = rng.choice([1, 2, 3, 7]) * size // small
+            first = rng.randrange(slots) * small // size * size // small
+            target = PA + first * small if rng.random() < 0.8 else PA + (first + 1) * small
+            if not any(n in pages for n in range(first, first + count)):  # which iommufd never asks for
+                domain.map(G1 + first * small, target, count * small, RW)
+                pages |= {first + n: target + n * small for n in range(count)}
+        elif pages:
+            first = rng.choice(list(pages))
+            while first - 1 in pages:
+                first -= 1
+            last = first
+            while last + 1 in pages:
+                last += 1
+            assert domain.unmap(G1 + first * small, (last + 1 - first) * small) == (last + 1 - first) * small
+            for n in range(first, last + 1):
+                del pages[n]
+        if current is not None:
+            visible = mapped[current]
+            for n in [*rng.sample(range(slots), 4), *rng.sample(list(visible), min(4, len(visible)))]:
+                iova = G1 + n * small
+                assert domains[current].iova_to_phys(iova) == visible.get(n)
+                assert translated(world, iova) == visible.get(n)
