@@ -6,10 +6,11 @@ import struct
 
 import pytest
 
+from fakedev.ats import AtsPort, PageFault
 from fakedev.dma import NO_PASID, READ, DmaAbort, Outcome, Parked, TranslationFault
 from fakedev.machine import SMMU_BASE, Machine
 from fakedev.pci import PciFunction
-from fakedev.pcie import PCI_EXP_TYPE_RC_END, ExpressCapability, PasidCapability
+from fakedev.pcie import PCI_EXP_TYPE_RC_END, AtsCapability, ExpressCapability, PasidCapability
 from fakedev.smmuv3 import commands as c
 from fakedev.smmuv3 import regs
 from fakedev.smmuv3.regs import QEMU_VIRT, Features
@@ -43,7 +44,7 @@ RW = core.IOMMU_READ | core.IOMMU_WRITE
 class World:
     """A machine with an SMMU and functions with PASIDs, its driver, and no more of a kernel."""
 
-    def __init__(self, features=None, count=1):
+    def __init__(self, features=None, count=1, ats=False):
         self.box = Machine("small")
         self.unit = self.box.add_smmu(features=features)
         self.pages = PageAllocator(self.box.memory)
@@ -56,7 +57,8 @@ class World:
             address = f"0000:00:{number + 1:02x}.0"
             function = PciFunction(address, (0x1234, 0x11E8), 0xFF0000, config_size=4096, command=4)
             ExpressCapability(function, 0x40, PCI_EXP_TYPE_RC_END)
-            PasidCapability(function, 0x100, bits=16)
+            pasids = PasidCapability(function, 0x100, bits=16)
+            self.port = AtsPort(function, AtsCapability(function, 0x110), pasids) if ats else None
             self.box.add(function, self.unit)
             device = core.Device(address, self.driver, function)
             self.driver.probe_device(device, function.rid)
@@ -88,8 +90,8 @@ class World:
 def make():
     worlds = []
 
-    def build(features=None, count=1):
-        worlds.append(World(features, count))
+    def build(features=None, count=1, ats=False):
+        worlds.append(World(features, count, ats))
         return worlds[-1]
 
     yield build
@@ -507,6 +509,80 @@ def test_receivers_are_counted():
     assert invs.unref(one) == [Inv(ATS, 8)]
     assert invs.unref(two) == two
     assert not invs
+
+
+# -- device TLBs -----------------------------------------------------------------------------------------------------
+
+
+def through_tlb(world, address, pasid=NO_PASID):
+    try:
+        return world.port.read(address, 6, pasid)
+    except (DmaAbort, PageFault):
+        return None
+
+
+@pytest.mark.parametrize("flags", [0, IOMMU_HWPT_ALLOC_NEST_PARENT], ids=["stage 1", "stage 2"])
+def test_a_device_tlb_forgets_what_is_unmapped(make, flags):
+    world = make(ats=True)
+    assert world.driver.capable(world.device, core.IOMMU_CAP_PCI_ATS_SUPPORTED)
+    domain = world.domain(flags)
+    domain.map(G1, PA, 2 * K4, RW)
+    assert not world.port.ats.enabled
+    world.attach(domain)
+    assert world.port.ats.enabled
+    assert [through_tlb(world, G1), through_tlb(world, G1 + K4)] == [b"page 0", b"page 1"]
+    assert len(world.port.tlb) == 2
+    domain.unmap(G1, K4)
+    assert len(world.port.tlb) == (0 if flags else 1)  # under a guest's tables everything has to go
+    assert [through_tlb(world, G1), through_tlb(world, G1 + K4)] == [None, b"page 1"]
+
+
+def test_ats_follows_the_domain(make):
+    world = make(ats=True)
+    first, second = world.domain(), world.domain()
+    first.map(G1, PA, K4, RW)
+    second.map(G1, PA + K4, K4, RW)
+    world.attach(first)
+    assert through_tlb(world, G1) == b"page 0"
+    world.attach(second)
+    assert through_tlb(world, G1) == b"page 1"
+    world.attach(world.driver.identity_domain)
+    assert not world.port.ats.enabled
+    assert world.read(PA) == b"page 0"
+    world.attach(first)
+    assert through_tlb(world, G1) == b"page 0"
+    world.attach(world.driver.blocked_domain)
+    assert not world.port.ats.enabled
+    assert through_tlb(world, G1) is None
+
+
+def test_a_pasid_has_its_own_part_of_the_device_tlb(make):
+    world = make(ats=True)
+    own, other = world.domain(IOMMU_HWPT_ALLOC_PASID), world.domain(IOMMU_HWPT_ALLOC_PASID)
+    own.map(G1, PA, K4, RW)
+    other.map(G1, PA + K4, K4, RW)
+    world.attach(own)
+    world.pasid(other, 5)
+    assert (through_tlb(world, G1), through_tlb(world, G1, 5)) == (b"page 0", b"page 1")
+    other.unmap(G1, K4)
+    assert (through_tlb(world, G1), through_tlb(world, G1, 5)) == (b"page 0", None)
+    other.map(G1, PA + 2 * K4, K4, RW)
+    assert through_tlb(world, G1, 5) == b"page 2"
+    core.detach_device_pasid(other, world.device, 5)
+    assert (through_tlb(world, G1), through_tlb(world, G1, 5)) == (b"page 0", None)
+
+
+def test_a_pasid_alone_switches_ats_on_and_off(make):
+    world = make(ats=True)
+    world.attach(world.driver.identity_domain)
+    domain = world.domain(IOMMU_HWPT_ALLOC_PASID)
+    domain.map(G1, PA, K4, RW)
+    world.pasid(domain, 5)
+    assert world.port.ats.enabled
+    assert through_tlb(world, G1, 5) == b"page 0"
+    core.detach_device_pasid(domain, world.device, 5)
+    assert not world.port.ats.enabled
+    assert world.read(PA) == b"page 0"
 
 
 # -- stalls ----------------------------------------------------------------------------------------------------------
