@@ -460,6 +460,21 @@ def test_writes_are_seen_in_the_dirty_bits(world):
     assert dirty(domain) == []
 
 
+def test_a_page_written_through_a_cached_translation_stays_clean_as_the_kernel_flushes_nothing(world):
+    """`iommu_dirty_bitmap_record()` gathers no page size, and so arm_smmu_iotlb_sync() returns at once."""
+    domain = world.domain(IOMMU_HWPT_ALLOC_DIRTY_TRACKING)
+    world.attach(domain)
+    domain.map(G1, PA, 4 * K4, RW)
+    dirty(domain)
+    world.device.pci.dma.write(G1, b"x")
+    assert dirty(domain) == [0]
+    world.device.pci.dma.write(G1, b"y")
+    assert dirty(domain) == []
+    world.smmu.cmdq.issue([c.tlbi_nsnh_all()])
+    world.device.pci.dma.write(G1, b"z")
+    assert dirty(domain) == [0]
+
+
 # -- invalidation ----------------------------------------------------------------------------------------------------
 
 
