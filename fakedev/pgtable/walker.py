@@ -169,6 +169,25 @@ def _update(fmt: PageTableFormat, update: Update, item_pa: int, item: int, level
     return new if update(item_pa, item, new) == item else -1
 
 
+def contiguous_pages(memory: PhysicalMemory, end: Walk, address: int, length: int) -> int:
+    """How many 4 KiB pages of [address, address + length) continue the leaf at `end` in the same table.
+
+    Units cache no more than these with one walk: pages that a request touches.
+    """
+    index = end.item_pa >> 3 & 511
+    wanted = min((address & 4095) + length + 4095 >> 12, 512 - index)
+    if wanted > 1 and end.item_pa + 8 * wanted <= memory.ram_size:
+        first = end.item_pa >> 3
+        words = memory.words
+        item = end.item
+        for n in range(1, wanted):
+            item += 4096
+            if words[first + n] != item:
+                return n
+        return wanted
+    return 1
+
+
 def explain(fmt: PageTableFormat, load: Load, root: int, top_level: int, address: int) -> list[str]:
     """The same walk, a line an item."""
     lines = []

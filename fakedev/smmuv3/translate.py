@@ -31,6 +31,7 @@ from fakedev.pgtable.walker import (
     NOT_PRESENT,
     Load,
     Walk,
+    contiguous_pages,
     loader,
     updater,
     walk,
@@ -270,7 +271,7 @@ class Translator:
         shape = rights | end.cacheable << STAGE_1_SHIFT | again | _shape(fmt, end) | end.lg2 << LEAF_SHIFT
         stop = start + (1 << lg2)
         if lg2 == 12 and not ste.s2:
-            stop = start + (self._contiguous(end, va, length) << 12)
+            stop = start + (contiguous_pages(self.memory, end, va, length) << 12)
         run = (start, stop, delta, shape)
         return self.tlb.insert(tag, run, lg2) if self.keep() else run
 
@@ -278,21 +279,6 @@ class Translator:
         if end.outcome == FETCH_FAILED:
             raise Refused(events.F_WALK_EABT, klass=events.CLASS_TT, fetch_address=where)
         raise Refused(_OUTCOMES[end.outcome])
-
-    def _contiguous(self, end: Walk, address: int, length: int) -> int:
-        """How many 4 KiB pages of the request continue the leaf at `end` in the same table: only these are cached."""
-        index = end.item_pa >> 3 & 511
-        wanted = min((address & 4095) + length + 4095 >> 12, 512 - index)
-        if wanted > 1 and end.item_pa + 8 * wanted <= self.memory.ram_size:
-            first = end.item_pa >> 3
-            words = self.memory.words
-            item = end.item
-            for n in range(1, wanted):
-                item += 4096
-                if words[first + n] != item:
-                    return n
-            return wanted
-        return 1
 
     # -- stage 2 -----------------------------------------------------------------------------------------------------
 
@@ -334,7 +320,7 @@ class Translator:
         if end.outcome != MAPPED:
             raise Refused(_OUTCOMES[end.outcome], s2=True, klass=klass, ipa=ipa, fetch_address=end.item_pa)
         start = ipa & -(1 << end.lg2)
-        stop = start + (self._contiguous(end, ipa, length) << 12 if end.lg2 == 12 else 1 << end.lg2)
+        stop = start + (contiguous_pages(self.memory, end, ipa, length) << 12 if end.lg2 == 12 else 1 << end.lg2)
         shape = end.cacheable | end.cacheable << STAGE_1_SHIFT | _shape(fmt, end) | end.lg2 << LEAF_SHIFT
         if end.cacheable != end.rights:
             shape |= AGAIN

@@ -26,6 +26,7 @@ from fakedev.pgtable.walker import (
     Load,
     Update,
     Walk,
+    contiguous_pages,
     explain,
     load_word,
     loader,
@@ -211,7 +212,7 @@ class ScalableMode:
                 return self._fill_nested(entry, address, access, needed)
             end = self._walk_first(entry, address, needed, self._load, entry.update_first)
             rights = _first_rights(end)
-        pages = self._contiguous(end, address, length) if end.level == 0 and length > 1 else 1
+        pages = contiguous_pages(self.memory, end, address, length) if end.level == 0 and length > 1 else 1
         return self._end(entry, address, end.output - address, end.lg2, rights, access, needed, pages)
 
     def _fill_nested(self, entry: Pasid, address: int, access: int, needed: int) -> Run:
@@ -277,21 +278,6 @@ class ScalableMode:
             return faults.SS_NOT_PRESENT
         missing = NEEDED[access] & ~rights
         return faults.SM_NO_WRITE_PERMISSION if missing & WRITES else faults.SM_NO_READ_PERMISSION
-
-    def _contiguous(self, end: Walk, address: int, length: int) -> int:
-        """How many pages of the request continue the leaf at `end` in the same table."""
-        index = end.item_pa >> 3 & 511
-        wanted = min((address & 4095) + length + 4095 >> 12, 512 - index)
-        if wanted > 1 and end.item_pa + 8 * wanted <= self.memory.ram_size:
-            first = end.item_pa >> 3
-            words = self.memory.words
-            item = end.item
-            for n in range(1, wanted):
-                item += 4096
-                if words[first + n] != item:
-                    return n
-            return wanted
-        return 1
 
     def _end(
         self,

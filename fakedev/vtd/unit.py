@@ -36,7 +36,7 @@ from fakedev.pgtable.walker import (
     FETCH_FAILED,
     NOT_PRESENT,
     RESERVED_BITS,
-    Walk,
+    contiguous_pages,
     explain,
     load_word,
     loader,
@@ -533,7 +533,7 @@ class VtdUnit:
         size = 1 << lg2
         start = address & -size
         delta = end.output - address
-        stop = start + (self._contiguous(end, address, length) << 12 if end.level == 0 else size)
+        stop = start + (contiguous_pages(self.memory, end, address, length) << 12 if end.level == 0 else size)
         if start + delta < MSI_END and stop + delta > MSI_START:  # the rest of a page around the interrupt range
             start, lg2 = address & -4096, 12
             stop = start + 4096
@@ -541,21 +541,6 @@ class VtdUnit:
         if run[3] & access != access and not self.caps.caching_mode:
             return run
         return self.tlb.insert(context.did, run, lg2)
-
-    def _contiguous(self, end: Walk, address: int, length: int) -> int:
-        """How many pages of the request continue the leaf at `end` in the same table: only these are cached."""
-        index = end.item_pa >> 3 & 511
-        wanted = min((address & 4095) + length + 4095 >> 12, 512 - index)
-        if wanted > 1 and end.item_pa + 8 * wanted <= self.memory.ram_size:
-            first = end.item_pa >> 3
-            words = self.memory.words
-            item = end.item
-            for n in range(1, wanted):
-                item += 4096
-                if words[first + n] != item:
-                    return n
-            return wanted
-        return 1
 
     # -- faults ------------------------------------------------------------------------------------------------------
 
