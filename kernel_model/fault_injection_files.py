@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -125,8 +126,9 @@ class _Numbered(Directory):
             raise KeyError(name)
         return found
 
+    @abstractmethod
     def _find(self, name: str) -> Node | None:
-        raise NotImplementedError
+        """The entry of that number, None if there is none at the moment."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(())

@@ -1,4 +1,7 @@
-"""The SMMUv3 driver on the fake unit: what it says, what devices can reach, and that nothing stale is left."""
+"""The SMMUv3 driver on the fake unit: what it says, what devices can reach, and that nothing stale is left.
+
+One long file: all of it runs over the same variants of the unit, on one bench below.
+"""
 
 import errno
 import random
