@@ -1,21 +1,12 @@
-"""Whole machines: memory, functions, IOMMUs.
-
-`machine(name)` builds one of `MACHINES`. `q35-vtd-legacy` has the functions of the virtual machine that the suite runs
-real kernels in (`iommulab conformance --on vm`: QEMU's q35 with `intel-iommu,x-scalable-mode=off` and `edu`), at the
-same addresses with the same ids and BARs, as Linux sees them; only `edu` does anything, the others are there so that
-IOMMU groups have the same numbers. `q35-vtd-multifunction` is the same with two functions of `edu` in one slot, which
-makes them one IOMMU group. `bare` is memory and nothing else; so is `mock`, the machine for the kernel's mock
-IOMMU driver, whose devices are made by its clients.
-"""
+"""A whole machine: memory, functions, IOMMUs. `fakedev.machines` has those with names, and those of files."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
 
-from fakedev.edu import Edu
 from fakedev.memory import BusAbort, PhysicalMemory
-from fakedev.pci import IO, MEM32, MEM64, PCI_MULTIFUNCTION, Bar, PciFunction, RootComplex
+from fakedev.pci import PciFunction, RootComplex
 from fakedev.smmuv3 import regs as smmuv3_regs
 from fakedev.smmuv3.regs import Features
 from fakedev.smmuv3.unit import SmmuV3
@@ -162,124 +153,3 @@ class Machine:
     def close(self) -> None:
         """Give the memory back."""
         self.memory.close()
-
-
-def _virtio(slot: int, device_id: int, class_code: int, line: int) -> PciFunction:
-    """An inert virtio function as virtme-ng's guest has it."""
-    position = 0 if slot == 1 else slot - 2
-    memory_slot = 0 if slot == 1 else slot - 1
-    return PciFunction(
-        f"0000:00:{slot:02x}.0",
-        (0x1AF4, device_id),
-        class_code,
-        subsystem=(0x1AF4, device_id - 0x1000),
-        bars=[Bar(64, IO), Bar(0x1000, MEM32), None, None, Bar(0x4000, MEM64, prefetchable=True)],
-        addresses=[0xC000 + 0x40 * position, 0xFEB0_0000 + 0x1000 * memory_slot, 0, 0, 0xFEBE_4000 + 0x4000 * position],
-        interrupt_pin=1,
-        interrupt_line=line,
-        command=0x507,
-    )
-
-
-def _bare() -> Machine:
-    return Machine("bare")
-
-
-def _mock() -> Machine:
-    return Machine("mock")
-
-
-def _q35_vtd_legacy() -> Machine:
-    return _q35_vtd("q35-vtd-legacy", [Edu("0000:00:10.0", bar_address=0xFEA0_0000, interrupt_line=10, command=0x103)])
-
-
-def _q35_vtd_multifunction() -> Machine:
-    settings = {"interrupt_line": 10, "command": 0x103}
-    first = Edu("0000:00:10.0", bar_address=0xFE90_0000, header_type=PCI_MULTIFUNCTION, **settings)
-    return _q35_vtd("q35-vtd-multifunction", [first, Edu("0000:00:10.1", bar_address=0xFEA0_0000, **settings)])
-
-
-def _q35_vtd(name: str, edus: list[Edu]) -> Machine:
-    box = Machine(name)
-    unit = box.add_vtd()
-    qemu = (0x1AF4, 0x1100)
-    functions = [
-        PciFunction("0000:00:00.0", (0x8086, 0x29C0), 0x060000, subsystem=qemu, command=0x103),
-        _virtio(1, 0x1009, 0x000200, 10),
-        PciFunction(
-            "0000:00:02.0",
-            (0x8086, 0x25AB),
-            0x088000,
-            subsystem=qemu,
-            bars=[Bar(16)],
-            addresses=[0xFEB0_1000],
-            command=0x103,
-        ),
-        _virtio(3, 0x1003, 0x078000, 11),
-        *(_virtio(slot, 0x1003, 0x078000, 11 if slot in (6, 7) else 10) for slot in range(4, 9)),
-        *edus,
-        PciFunction(
-            "0000:00:1f.0",
-            (0x8086, 0x2918),
-            0x060100,
-            revision=2,
-            subsystem=qemu,
-            header_type=PCI_MULTIFUNCTION,
-            command=0x103,
-        ),
-        PciFunction(
-            "0000:00:1f.2",
-            (0x8086, 0x2922),
-            0x010601,
-            revision=2,
-            subsystem=qemu,
-            header_type=PCI_MULTIFUNCTION,
-            bars=[None, None, None, None, Bar(32, IO), Bar(0x1000)],
-            addresses=[0, 0, 0, 0, 0xC200, 0xFEB0_8000],
-            interrupt_pin=1,
-            interrupt_line=10,
-            command=0x107,
-        ),
-        PciFunction(
-            "0000:00:1f.3",
-            (0x8086, 0x2930),
-            0x0C0500,
-            revision=2,
-            subsystem=qemu,
-            header_type=PCI_MULTIFUNCTION,
-            bars=[None, None, None, None, Bar(64, IO)],
-            addresses=[0, 0, 0, 0, 0x700],
-            interrupt_pin=1,
-            interrupt_line=10,
-            command=0x103,
-        ),
-    ]
-    for function in functions:
-        box.add(function, unit)
-    return box
-
-
-def _q35_noiommu() -> Machine:
-    """No IOMMU, and VFIO gives its devices away nevertheless."""
-    box = Machine("q35-noiommu", kernel_arguments="vfio.enable_unsafe_noiommu_mode=1")
-    box.add(Edu("0000:00:10.0", bar_address=0xFEA0_0000, interrupt_line=10, command=0x103))
-    return box
-
-
-#: Machines by name.
-MACHINES: dict[str, Callable[[], Machine]] = {
-    "bare": _bare,
-    "mock": _mock,
-    "q35-noiommu": _q35_noiommu,
-    "q35-vtd-legacy": _q35_vtd_legacy,
-    "q35-vtd-multifunction": _q35_vtd_multifunction,
-}
-
-
-def machine(name: str) -> Machine:
-    """A new machine of that name. ValueError for a name that is not in MACHINES."""
-    try:
-        build = MACHINES[name]
-    except KeyError:
-        raise ValueError(f"no machine {name!r}; there are {', '.join(sorted(MACHINES))}") from None
-    return build()

@@ -23,7 +23,7 @@ from os import fstat
 from typing import TYPE_CHECKING
 
 from fakedev.machine import Machine
-from fakedev.machine_file import build as build_machine
+from fakedev.machines.file import build as build_machine
 from kernel_model.client_memory import ClientBuffer, ClientMemory, MmBacking
 from kernel_model.digest import Fact, difference, digest, leftovers
 from kernel_model.door import Descriptor, MemoryMapping, ModelClient, ModelFile, ModelMapping, fill
@@ -65,7 +65,7 @@ class Entry:
 
 
 class Kernel:
-    """A kernel of release `version` on `machine` (a name of `fakedev.machine`, a path "….toml", or a `Machine`).
+    """A kernel of release `version` on `machine` (a name of `fakedev.machines.named`, a path "….toml", or a `Machine`).
 
     `credentials` "root" makes this process root with every capability in the model's eyes; "host" takes what the host's
     kernel says, so that an unprivileged process pays for its pins. `dmabuf_get` "0" has the mock driver's DMABUF_GET

@@ -4,7 +4,7 @@ import pytest
 
 from fakedev.bridge import ACS_ALL, PciBridge
 from fakedev.dma import DmaAbort
-from fakedev.iommu_testdev import REG_LEN, IommuTestdev
+from fakedev.endpoints.iommu_testdev import REG_LEN, IommuTestdev
 from fakedev.pci import PciFunction
 from fakedev.pcie import PCI_ACS_CTRL, PCI_ACS_RR, PCI_ACS_SV
 from tests.fakedev.agent import Bench

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fakedev import dsa
-from fakedev.dsa import Dsa
+from fakedev.endpoints import dsa
+from fakedev.endpoints.dsa import Dsa
 from fakedev.pcie import PCI_ATS_CTRL, PCI_ATS_CTRL_ENABLE, PCI_PASID_CTRL, PCI_PRI_ALLOC_REQ, PCI_PRI_CTRL
 from fakedev.tlp import NO_PASID, PRG_FAILURE, PRG_INVALID, READ
 from tests.fakedev.agent import Bench

@@ -3,7 +3,7 @@
 import pytest
 
 from fakedev.dma import DmaRequest, Outcome, Parked
-from fakedev.edu import (
+from fakedev.endpoints.edu import (
     DMA_RUN,
     DMA_START,
     DMA_TO_PCI,
@@ -13,7 +13,8 @@ from fakedev.edu import (
     REG_DMA_SRC,
     Edu,
 )
-from fakedev.machine import Machine, machine
+from fakedev.machine import Machine
+from fakedev.machines.named import machine
 
 BUS_MASTER = 0x6
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from fakedev.bridge import PciBridge
-from fakedev.hostile import Hostile
+from fakedev.endpoints.hostile import Hostile
 from fakedev.machine import VTD_LEGACY_CAP, VTD_LEGACY_ECAP, Machine
 from fakedev.pci import PciFunction
 from fakedev.tlp import PRG_SUCCESS, Invalidation, PageResponse

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fakedev.hostile import Hostile
+from fakedev.endpoints.hostile import Hostile
 from fakedev.smmuv3 import commands as c
 from fakedev.smmuv3 import regs as smmu_regs
 from tests.fakedev.smmuv3 import bench as smmu

@@ -3,7 +3,7 @@
 import pytest
 
 from fakedev.dma import DmaRequest, Outcome, Parked
-from fakedev.iommu_testdev import (
+from fakedev.endpoints.iommu_testdev import (
     DBELL_ARM,
     ERR_BAD_ATTRS,
     ERR_BAD_LEN,

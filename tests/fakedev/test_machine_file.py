@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fakedev.machine_file import MachineFileError, build, load
+from fakedev.machines.file import MachineFileError, build, load
 from fakedev.smmuv3.unit import SmmuV3
 from fakedev.vtd.unit import VtdUnit
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fakedev.machine import machine
+from fakedev.machines.named import machine
 from fakedev.pci import MEM64, Bar, PciFunction, rid_of
 
 

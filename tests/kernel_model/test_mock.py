@@ -10,7 +10,7 @@ import pytest
 
 from conformance.mock import MockDevice, access_replace, create_access, mock_domain, mock_domain_flags, mock_replace
 from conformance.steps import PAGE, destroy, fails, ioas_alloc, map_user
-from fakedev.machine import MACHINES
+from fakedev.machines.named import MACHINES
 from kernel_model.iommufd.device import IommufdDevice
 from kernel_model.kernel import Kernel
 from uapi import iommufd_test as abi

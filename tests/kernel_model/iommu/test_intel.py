@@ -7,8 +7,9 @@ import types
 import pytest
 
 from fakedev.dma import DmaAbort
-from fakedev.edu import Edu
-from fakedev.machine import VTD_LEGACY_CAP, VTD_LEGACY_ECAP, Machine, machine
+from fakedev.endpoints.edu import Edu
+from fakedev.machine import VTD_LEGACY_CAP, VTD_LEGACY_ECAP, Machine
+from fakedev.machines.named import machine
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.iommu import core
 from kernel_model.iommu.intel.iommu import second_stage_width

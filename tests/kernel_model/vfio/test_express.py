@@ -10,7 +10,7 @@ import pytest
 
 from conformance.drivers.vfio import VfioDevice, iommu_group, take
 from conformance.steps import ioas_alloc, map_user
-from fakedev import dsa
+from fakedev.endpoints import dsa
 from fakedev.pci import PciFunction
 from fakedev.pcie import PCI_ATS_CTRL, PCI_PASID_CTRL, PCI_PASID_EXEC, PCI_PASID_PRIV, PCI_PRI_ALLOC_REQ, PCI_PRI_CTRL
 from kernel_model import pci_ats

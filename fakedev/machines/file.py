@@ -1,8 +1,8 @@
 """Machines from TOML files: users' own topologies.
 
-`load(path)` builds one; `build(name)` takes a path that ends in ".toml", or a name of `fakedev.machine`. What a file
-may say is in docs/machines.md and in the tables below; whatever is wrong with it is a `MachineFileError`, one sentence
-that names the file, the table and what would be right.
+`load(path)` builds one; `build(name)` takes a path that ends in ".toml", or a name of `fakedev.machines.named`. What a
+file may say is in docs/machines.md and in the tables below; whatever is wrong with it is a `MachineFileError`, one
+sentence that names the file, the table and what would be right.
 
 Left out: functions in other PCI segments, RAM elsewhere than from 0.
 """
@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fakedev.bridge import ACS_ALL, KINDS, PciBridge
-from fakedev.dsa import MMIO_SIZE as DSA_MMIO_SIZE
-from fakedev.dsa import PORTALS_SIZE, Dsa
-from fakedev.edu import BAR_SIZE as EDU_BAR_SIZE
-from fakedev.edu import Edu
-from fakedev.hostile import Hostile
-from fakedev.iommu_testdev import BAR_SIZE as TESTDEV_BAR_SIZE
-from fakedev.iommu_testdev import IommuTestdev
-from fakedev.machine import SMMU_BASE, VTD_BASE, VTD_LEGACY_CAP, VTD_LEGACY_ECAP, Machine, machine
+from fakedev.endpoints.dsa import MMIO_SIZE as DSA_MMIO_SIZE
+from fakedev.endpoints.dsa import PORTALS_SIZE, Dsa
+from fakedev.endpoints.edu import BAR_SIZE as EDU_BAR_SIZE
+from fakedev.endpoints.edu import Edu
+from fakedev.endpoints.hostile import Hostile
+from fakedev.endpoints.iommu_testdev import BAR_SIZE as TESTDEV_BAR_SIZE
+from fakedev.endpoints.iommu_testdev import IommuTestdev
+from fakedev.machine import SMMU_BASE, VTD_BASE, VTD_LEGACY_CAP, VTD_LEGACY_ECAP, Machine
+from fakedev.machines.named import machine
 from fakedev.memory import LOW_RAM_LIMIT, PhysicalMemory
 from fakedev.pci import MEM32, Bar, PciFunction, rid_of
 from fakedev.pcie import PCI_EXP_TYPE_ENDPOINT, PCI_EXP_TYPE_RC_END
