@@ -219,7 +219,7 @@ class AtsPort:
     def __init__(
         self,
         function: PciFunction,
-        ats: AtsCapability,
+        ats: AtsCapability | None = None,
         pasid: PasidCapability | None = None,
         pri: PriCapability | None = None,
     ) -> None:
@@ -230,10 +230,16 @@ class AtsPort:
         self.page_requests = None if pri is None else PageRequests(function, pri)
         self._was_enabled = False
         function.ats = self
-        function.watch_config(ats.offset + PCI_ATS_CTRL, 2, self._control_changed)
+        if ats is not None:
+            function.watch_config(ats.offset + PCI_ATS_CTRL, 2, self._control_changed)
         if pasid is not None:
             function.watch_config(pasid.offset + PCI_PASID_CTRL, 2, self.tlb.clear)
         function.at_reset(self._control_changed)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether requests are translated before they are sent."""
+        return self.ats is not None and self.ats.enabled
 
     def read(
         self,
@@ -246,7 +252,7 @@ class AtsPort:
     ) -> bytes:
         """As DmaPort.read; `block` says whether to wait for a page that is not there. DmaAbort, PageFault, Parked."""
         access = READ | self._prefix(address, pasid, privileged, execute)
-        if not self.ats.enabled:
+        if not self.enabled:
             return self._function.dma.read(address, length, pasid, access & PRIVILEGED != 0, access & EXECUTE != 0)
         parts = []
         end = address + length
@@ -274,7 +280,7 @@ class AtsPort:
         access = WRITE | self._prefix(address, pasid, privileged, False)
         dma = self._function.dma
         first, beyond = dma.msi_window
-        if not self.ats.enabled or first <= address < beyond:
+        if not self.enabled or first <= address < beyond:
             dma.write(address, data, pasid, access & PRIVILEGED != 0)
             return
         view = memoryview(data)
@@ -293,7 +299,7 @@ class AtsPort:
 
     def invalidate(self, request: Invalidation) -> bool:
         """An invalidation request from the translation agent. A function whose ATS is off does not take it."""
-        if not self.ats.enabled:
+        if not self.enabled:
             return False
         self.tlb.invalidate(request)
         return True
@@ -333,7 +339,7 @@ class AtsPort:
 
     def _control_changed(self) -> None:
         # Translations do not outlive ATS (10.5.1.3): each time it is enabled the cache is empty.
-        enabled = self.ats.enabled
+        enabled = self.enabled
         if enabled != self._was_enabled:
             self._was_enabled = enabled
             self.tlb.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from fakedev.memory import BusAbort, PhysicalMemory
 from fakedev.pci import PciFunction, RootComplex
@@ -67,6 +67,8 @@ class Machine:
         self.vtd_units: list[tuple[int, list[int]]] = []
         self.smmu_units: list[tuple[int, list[int]]] = []
         self._behind: dict[VtdUnit | SmmuV3, list[int]] = {}
+        #: By request id, the properties that the firmware gives a function: "dma-can-stall".
+        self.properties: dict[int, frozenset[str]] = {}
         #: Who gets (register base, name) of an SMMU's wired interrupts. The kernel sets it.
         self.wired_sink: Callable[[int, str], None] | None = None
 
@@ -129,11 +131,14 @@ class Machine:
         self.smmu_units.append((base, self._behind[unit]))
         return unit
 
-    def add(self, function: PciFunction, unit: VtdUnit | SmmuV3 | None = None) -> PciFunction:
-        """Plug a function in, behind `unit` or behind none."""
+    def add(
+        self, function: PciFunction, unit: VtdUnit | SmmuV3 | None = None, properties: Iterable[str] = ()
+    ) -> PciFunction:
+        """Plug a function in, behind `unit` or behind none; `properties` are what the firmware says of it."""
         self.root.add(function, unit).dma.on_abort = self.last_faults.append
         if unit is not None:
             self._behind[unit].append(function.rid)
+        self.properties[function.rid] = frozenset(properties)
         return function
 
     @property

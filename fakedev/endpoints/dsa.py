@@ -154,7 +154,10 @@ class _Portals(Bar):
 
 
 class Dsa(PciFunction):
-    """The function. BAR 0 has the registers, BAR 2 the portals: queue n at n * 0x4000."""
+    """The function. BAR 0 has the registers, BAR 2 the portals: queue n at n * 0x4000.
+
+    Without `ats` it has no PRI either: a device for an IOMMU that lets its requests wait.
+    """
 
     def __init__(
         self,
@@ -164,6 +167,7 @@ class Dsa(PciFunction):
         *,
         command: int = 0,
         pasid_bits: int = 20,
+        ats: bool = True,
         kind: int = PCI_EXP_TYPE_RC_END,
     ) -> None:
         super().__init__(
@@ -180,9 +184,9 @@ class Dsa(PciFunction):
         self.add_msi(0x80, 3)
         self.port = AtsPort(
             self,
-            AtsCapability(self, 0x100),
-            PasidCapability(self, 0x120, pasid_bits),
-            PriCapability(self, 0x110, capacity=64),
+            AtsCapability(self, 0x100) if ats else None,
+            PasidCapability(self, 0x120 if ats else 0x100, pasid_bits),
+            PriCapability(self, 0x110, capacity=64) if ats else None,
         )
         self.registers = bytearray(MMIO_SIZE)
         self._portal_data: dict[int, bytearray] = {}
@@ -405,6 +409,7 @@ class Dsa(PciFunction):
         """Read `what` bytes, or write them: through the device TLB, unless the queue does without. _Failed."""
         mode = self._wq(index, 8)
         direct = bool(mode & WQ_ATS_DISABLE)
+        untranslated = direct or not self.port.enabled
         pasid, privileged = descriptor.pasid, descriptor.privileged
         block = block and not mode & WQ_PRS_DISABLE
         write = COMP_WRITE if isinstance(what, bytes) else 0
@@ -422,13 +427,14 @@ class Dsa(PciFunction):
             except PageFault as fault:
                 raise _Failed(COMP_PAGE_FAULT | write, fault.address) from None
             except DmaAbort as abort:
-                status = COMP_TRANSLATION if self.port.ats.enabled and not direct else COMP_HARDWARE
+                status = COMP_HARDWARE if untranslated else COMP_TRANSLATION
                 raise _Failed(status | write, abort.address) from None
             except Parked as parked:
                 wait, at = parked, parked.request.address
             outcome = yield wait
             if outcome == Outcome.ABORT:
-                raise _Failed(COMP_PAGE_FAULT_IR | write, at)
+                # Without ATS it stalled, and what ends that is the abort of a request, which is no word about pages.
+                raise _Failed((COMP_HARDWARE if untranslated else COMP_PAGE_FAULT_IR) | write, at)
             if outcome == Outcome.RAZ_WI:
                 return bytes(what) if isinstance(what, int) else b""
 

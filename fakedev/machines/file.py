@@ -42,7 +42,9 @@ _BARS_START, _BARS_END = 0xC000_0000, 0xFEC0_0000
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _MACHINE_KEYS = {"name", "ram", "kernel_arguments", "iommu", "device", "bridge"}
 _IOMMU_KEYS = {"name", "kind", "base", "preset", "features"}
-_DEVICE_KEYS = {"kind", "address", "iommu", "bar", "bus_master"}
+_DEVICE_KEYS = {"kind", "address", "iommu", "bar", "bus_master", "properties", "ats"}
+#: What the firmware may say of a device.
+_PROPERTIES = ("dma-can-stall",)
 _BRIDGE_KEYS = {"kind", "address", "buses", "iommu", "acs"}
 _ACS_BITS = {"sv": 1, "tb": 2, "rr": 4, "cr": 8, "uf": 0x10, "dt": 0x40}
 
@@ -219,7 +221,7 @@ class _Plan:
         for where, table, function in sorted(made, key=lambda one: (one[2].rid >> 8, one[2].rid)):
             if any(other.secondary == function.secondary for other in box.functions if function.secondary):
                 raise where.error(f"two bridges lead to bus {function.secondary:02x}")
-            box.add(function, self._unit_of(where, table, units))
+            box.add(function, self._unit_of(where, table, units), self._properties(where, table))
             if function.rid >> 8 and not box.root.upstream(function):
                 raise where.error(f"no bridge leads to bus {function.rid >> 8:02x}")
 
@@ -249,6 +251,13 @@ class _Plan:
             raise where.error(f"there is no iommu {name!r}; there are {', '.join([*units, 'none'])}")
         return units[name]
 
+    def _properties(self, where: _Where, table: Table) -> list[str]:
+        names: list[str] = where.get(table, "properties", list, [])
+        for name in names:
+            if name not in _PROPERTIES:
+                raise where.error(f"no property {name!r} of the firmware; there are {', '.join(_PROPERTIES)}")
+        return names
+
     def _bridge(self, where: _Where, table: Table) -> PciBridge:
         kind = where.get(table, "kind", str)
         if kind not in KINDS:
@@ -269,13 +278,16 @@ class _Plan:
         kind, address = where.get(table, "kind", str), table["address"]
         command = 0x103 | (4 if where.get(table, "bus_master", bool, False) else 0)
         express = PCI_EXP_TYPE_ENDPOINT if rid_of(address) >> 8 else PCI_EXP_TYPE_RC_END
+        if "ats" in table and kind != "dsa":
+            raise where.error("'ats' is a key of the kind \"dsa\"")
         if kind == "edu":
             return Edu(address, self._bar(where, table, EDU_BAR_SIZE), 10, command)
         if kind == "iommu-testdev":
             return IommuTestdev(address, self._bar(where, table, TESTDEV_BAR_SIZE), command)
         if kind == "dsa":
             first = self._bar(where, table, max(DSA_MMIO_SIZE, PORTALS_SIZE) * 2)
-            return Dsa(address, first, first + PORTALS_SIZE, command=command, kind=express)
+            ats = where.get(table, "ats", bool, True)
+            return Dsa(address, first, first + PORTALS_SIZE, command=command, ats=ats, kind=express)
         if kind == "hostile":
             return Hostile(address, kind=express, command=command)
         if kind == "inert":

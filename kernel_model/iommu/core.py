@@ -236,8 +236,16 @@ class Device:
     #: Of the mock driver: such a device holds no context and raises no interrupts.
     is_mock = False
 
-    def __init__(self, name: str, iommu: IommuDriver | None, pci: PciFunction | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        iommu: IommuDriver | None,
+        pci: PciFunction | None = None,
+        properties: frozenset[str] = frozenset(),
+    ) -> None:
         self.name = name
+        #: What the firmware says of it (`device_property_read_bool()`).
+        self.properties = properties
         self.iommu = iommu
         self.pci = pci
         self.group: Group | None = None

@@ -3,8 +3,8 @@
 A device asks for pages in groups: requests with one group id, of which the last says so. The group goes to the handler
 of the domain that the device, or its PASID, is attached to, who answers it once, as a whole.
 
-Left out: the list of groups whose answer is outstanding (iommufd's handler takes each off it at once), discarding
-partial groups after an overflow of the hardware's queue, flushing.
+Left out: the list of groups whose answer is outstanding (iommufd's handler takes each off it at once), and flushing (no
+request is ever under way between a driver and a handler).
 """
 
 from __future__ import annotations
@@ -43,6 +43,21 @@ class FaultParam:
         self.partial: list[PageRequest] = []
 
 
+class IopfQueue:
+    """`struct iopf_queue`: the devices whose requests come by one queue of the hardware."""
+
+    __slots__ = ("devices",)
+
+    def __init__(self) -> None:
+        self.devices: list[core.Device] = []
+
+    def discard_partial(self) -> None:
+        """iopf_queue_discard_partial(): the hardware lost requests, perhaps the last ones of groups."""
+        for device in self.devices:
+            if device.fault_param is not None:
+                device.fault_param.partial.clear()
+
+
 class IopfGroup:
     """`struct iopf_group`: requests that are answered together, in the order in which they came."""
 
@@ -57,20 +72,22 @@ class IopfGroup:
         self.cookie = 0
 
 
-def iopf_queue_add_device(device: core.Device) -> None:
-    """Requests of the device are taken from now on."""
+def iopf_queue_add_device(queue: IopfQueue, device: core.Device) -> None:
+    """Requests of the device are taken from now on. ENOMEM."""
     if device.fault_param is not None:
         raise KernelBug(f"{device.name} is in the queue")
     if injecting:
         kmalloc("struct iommu_fault_param")
     device.fault_param = FaultParam()
+    queue.devices.append(device)
 
 
-def iopf_queue_remove_device(device: core.Device) -> None:
+def iopf_queue_remove_device(queue: IopfQueue, device: core.Device) -> None:
     """No more; what came of unfinished groups is forgotten."""
     if device.fault_param is None:
         raise KernelBug(f"{device.name} is not in the queue")
     device.fault_param = None
+    queue.devices.remove(device)
 
 
 def _find_fault_handler(device: core.Device, fault: PageRequest) -> core.AttachHandle | None:

@@ -64,7 +64,7 @@ def attach_drivers(kernel: Kernel) -> list[Device]:
     group_of: dict[PciFunction, Group] = {}
     for function in kernel.machine.functions:
         driver = drivers.get(function.rid)
-        device = Device(function.address, driver, function)
+        device = Device(function.address, driver, function, kernel.machine.properties[function.rid])
         devices.append(device)
         if driver is None:
             continue

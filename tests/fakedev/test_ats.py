@@ -421,7 +421,7 @@ def test_a_function_level_reset_ends_waiting_requests_and_switches_everything_of
     bench.device.config_write(0x40 + 8, 2, 0x8000)
     assert outcomes == [Outcome.ABORT]
     assert len(bench.device.port.tlb) == 0
-    assert not bench.device.port.ats.enabled
+    assert not bench.device.port.enabled
     assert not bench.device.pri.enabled
     assert not bench.device.port.pasid.enabled
     assert status(bench.device) == 0x8100

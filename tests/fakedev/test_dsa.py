@@ -2,6 +2,7 @@
 
 import pytest
 
+from fakedev.dma import DmaRequest, Outcome, Parked
 from fakedev.endpoints import dsa
 from fakedev.endpoints.dsa import Dsa
 from fakedev.pcie import PCI_ATS_CTRL, PCI_ATS_CTRL_ENABLE, PCI_PASID_CTRL, PCI_PRI_ALLOC_REQ, PCI_PRI_CTRL
@@ -15,9 +16,9 @@ BLOCK = DONE | dsa.FLAG_BOF
 
 
 class DsaBench(Bench):
-    def __init__(self):
+    def __init__(self, ats=True):
         super().__init__()
-        self.device = self.add(Dsa("0000:00:10.0", bar_address=0xE000_0000, portals_address=0xE010_0000))
+        self.device = self.add(Dsa("0000:00:10.0", bar_address=0xE000_0000, portals_address=0xE010_0000, ats=ats))
         self.mmio, self.portals = self.device.bars[0], self.device.bars[2]
 
     def services(self, ats=True, pri=32, pasid=True):
@@ -380,3 +381,37 @@ def test_a_function_level_reset_leaves_a_disabled_device(ready):
     assert ready.mmio.read(dsa.GENSTS, 4) == dsa.STATE_DISABLED
     assert ready.mmio.read(dsa.WQCFG, 4) == 0
     assert not ready.device.dma.enabled
+
+
+# -- without ATS -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status"),
+    [(Outcome.RETRY, dsa.COMP_SUCCESS), (Outcome.ABORT, dsa.COMP_HARDWARE), (Outcome.RAZ_WI, dsa.COMP_SUCCESS)],
+)
+def test_a_device_without_ats_waits_where_the_iommu_stalls(outcome, status):
+    bench = DsaBench(ats=False)
+    device, parked = bench.device, []
+    device.config_write(0x100 + PCI_PASID_CTRL, 2, 1)
+    bench.pages(SRC, DST, REC, pasid=7)
+    bench.memory.write(PA[SRC], b"data")
+    translate = bench.agent.translate
+
+    def stall_once(port, pasid, address, length, access):
+        if address == SRC and not parked:
+            parked.append(Parked(DmaRequest(port.rid, pasid, address, length, access)))
+            raise parked[0]
+        return translate(port, pasid, address, length, access)
+
+    bench.agent.translate = stall_once
+    bench.queue(pasid=7)
+    bench.submit(dsa.OP_MEMMOVE, SRC, DST, 4)
+    assert bench.record()[0] == 0
+    assert parked[0].request.pasid == 7
+    parked[0].resolve(outcome)
+    assert bench.record()[0] == status
+    expected = {Outcome.RETRY: b"data"}.get(outcome, bytes(4))
+    assert bench.memory.read(PA[DST], 4) == expected
+    assert device.port.page_requests is None
+    bench.box.close()

@@ -14,12 +14,22 @@ from typing import TYPE_CHECKING
 from fakedev.machine import Machine
 from fakedev.smmuv3 import commands, events, regs
 from fakedev.smmuv3 import entries as e
+from fakedev.smmuv3.ats import (
+    PRIQ_0_EXEC,
+    PRIQ_0_LAST,
+    PRIQ_0_PRIV,
+    PRIQ_0_READ,
+    PRIQ_0_SSID_SHIFT,
+    PRIQ_0_SSV,
+    PRIQ_0_WRITE,
+)
 from kernel_model.errors import KernelBug, KernelError
-from kernel_model.iommu.arm_smmu_v3.entries import StreamOptions, make_abort_ste
+from kernel_model.iommu.arm_smmu_v3.entries import make_abort_ste
 from kernel_model.iommu.arm_smmu_v3.queues import CommandQueue, OutputQueue
 from kernel_model.iommu.io_pgfault import (
     IOMMU_FAULT_PAGE_REQUEST_LAST_PAGE,
     IOMMU_FAULT_PAGE_REQUEST_PASID_VALID,
+    IopfQueue,
     PageRequest,
     report_device_fault,
 )
@@ -71,6 +81,8 @@ class SmmuDevice:
         self.asids: set[int] = set()
         self.vmids: set[int] = set()
         self.streams: dict[int, Device] = {}
+        #: Those whose stalls are reported.
+        self.iopf = IopfQueue()
         #: Lines as the kernel's log has them.
         self.log: deque[str] = deque(maxlen=64)
         cmdqs, evtqs = regs.IDR1_CMDQS.get(self.idr[1]), regs.IDR1_EVENTQS.get(self.idr[1])
@@ -108,11 +120,8 @@ class SmmuDevice:
         self.dirty_bits = regs.IDR0_HTTU.get(idr0) >= regs.HTTU_ACCESS_DIRTY
         stall_model = regs.IDR0_STALL_MODEL.get(idr0)
         self.stall_forced = stall_model == regs.STALL_FORCED
-        self.options = StreamOptions(
-            attr_types_ovr=bool(idr1 & regs.IDR1_ATTR_TYPES_OVR),
-            stalls=stall_model != regs.STALL_NEVER,
-            stall_enabled=self.stall_forced,
-        )
+        self.stalls = stall_model != regs.STALL_NEVER
+        self.attr_types_ovr = bool(idr1 & regs.IDR1_ATTR_TYPES_OVR)
         self.asid_bits = 16 if idr0 & regs.IDR0_ASID16 else 8
         self.vmid_bits = 16 if idr0 & regs.IDR0_VMID16 else 8
         self.sid_bits, self.ssid_bits = regs.IDR1_SIDSIZE.get(idr1), regs.IDR1_SSIDSIZE.get(idr1)
@@ -242,7 +251,7 @@ class SmmuDevice:
             self._gerror_handler()
 
     def _evtq_thread(self) -> None:
-        for record in self.evtq.drain():
+        for record in self.evtq.drain(lambda: self.log.append("EVTQ overflow detected -- events lost")):
             if not self._handle_event(record):
                 self._dump_event(record)
 
@@ -292,13 +301,22 @@ class SmmuDevice:
         """Nobody in the kernel takes page requests of the PRI queue: each group is refused."""
         if self.priq is None:
             return
-        for low, second in self.priq.drain():
-            sid, ssid = low & 0xFFFF_FFFF, low >> 32 & 0xF_FFFF
-            self.log.append(f"unexpected PRI request received: sid {sid:#010x}.{ssid:#07x} iova {second & -4096:#x}")
-            if low >> 62 & 1:
-                has_ssid = low >> 63
-                answer = commands.pri_resp(sid, second & 0x1FF, commands.PRI_FAILURE, ssid if has_ssid else None)
-                self.cmdq.issue([answer], sync=False)
+        for record in self.priq.drain(lambda: self.log.append("PRIQ overflow detected -- requests lost")):
+            self._handle_ppr(*record)
+
+    def _handle_ppr(self, low: int, second: int) -> None:
+        """arm_smmu_handle_ppr()."""
+        sid, last, group = low & 0xFFFF_FFFF, low & PRIQ_0_LAST, second & 0x1FF
+        ssid = low >> PRIQ_0_SSID_SHIFT & 0xF_FFFF if low & PRIQ_0_SSV else None
+        rights = zip("RWX", (PRIQ_0_READ, PRIQ_0_WRITE, PRIQ_0_EXEC), strict=True)
+        self.log.append("unexpected PRI request received:")
+        self.log.append(
+            f"\tsid {sid:#010x}.0x{ssid or 0:05x}: [{group}{'L' if last else ''}] "
+            f"{'' if low & PRIQ_0_PRIV else 'un'}privileged {''.join(name for name, bit in rights if low & bit)} "
+            f"access at iova {second & -4096:#018x}"
+        )
+        if last:
+            self.cmdq.issue([commands.pri_resp(sid, group, commands.PRI_FAILURE, ssid)], sync=False)
 
     def _gerror_handler(self) -> None:
         errors = self.readl(regs.GERROR)

@@ -183,7 +183,7 @@ class IdentityDomain(Domain):
     type = IOMMU_DOMAIN_IDENTITY
 
     def attach_dev(self, device: Device, old: Domain | None) -> None:
-        _attach_ste(device, self, old, make_bypass_ste(_master(device).smmu.options), e.S1DSS_BYPASS)
+        _attach_ste(device, self, old, make_bypass_ste(_master(device).options), e.S1DSS_BYPASS)
 
     def iova_to_phys(self, iova: int) -> int | None:
         return iova
@@ -244,24 +244,24 @@ class PagingDomain(Domain):
 
     def take_on(self, master: Master, ssid: int) -> None:
         """The part of arm_smmu_attach_prepare() that may fail. ENOMEM."""
-        if self.iopf_handler is not None and self.smmu.options.stall_enabled:
+        if self.iopf_handler is not None and master.stall_enabled:
             if not master.iopf_refcount:
-                iopf_queue_add_device(master.device)
+                iopf_queue_add_device(self.smmu.iopf, master.device)
             master.iopf_refcount += 1
         self.masters.append((master, ssid))
 
     def let_go(self, master: Master, ssid: int) -> None:
         """arm_smmu_remove_master_domain()."""
         self.masters.remove((master, ssid))
-        if self.iopf_handler is not None and self.smmu.options.stall_enabled:
+        if self.iopf_handler is not None and master.stall_enabled:
             master.iopf_refcount -= 1
             if not master.iopf_refcount:
-                iopf_queue_remove_device(master.device)
+                iopf_queue_remove_device(self.smmu.iopf, master.device)
 
-    def _cd(self) -> list[int]:
+    def _cd(self, master: Master) -> list[int]:
         if self._s1 is None:
             raise KernelBug("a stage-2 domain has no context descriptor")
-        return make_s1_cd(self.smmu.options, self._s1, self.table.root, self.tag, dirty_tracking=self.dirty_ops)
+        return make_s1_cd(master.options, self._s1, self.table.root, self.tag, dirty_tracking=self.dirty_ops)
 
     def attach_dev(self, device: Device, old: Domain | None) -> None:
         """arm_smmu_attach_dev(). EINVAL: of another unit; EBUSY: PASIDs use the CD table that stage 2 has not; ENOMEM.
@@ -275,13 +275,13 @@ class PagingDomain(Domain):
             if master.used_ssids:
                 raise KernelError(errno.EBUSY, f"{master.used_ssids} PASIDs of {device.name} are attached")
             state = _Attach(master, self, old, IOMMU_NO_PASID)
-            options, root = self.smmu.options, self.table.root
+            options, root = master.options, self.table.root
             master.install_ste(make_s2_domain_ste(options, self._s2, root, self.tag, state.ats_enabled, fwb=self._fwb))
             master.clear_cd(IOMMU_NO_PASID)
         else:
             cd = master.alloc_cd(IOMMU_NO_PASID)
             state = _Attach(master, self, old, IOMMU_NO_PASID)
-            master.write_cd(IOMMU_NO_PASID, cd, self._cd())
+            master.write_cd(IOMMU_NO_PASID, cd, self._cd(master))
             master.install_ste(master.cdtable_ste(state.ats_enabled, e.S1DSS_SSID0))
         state.commit()
 
@@ -295,7 +295,7 @@ class PagingDomain(Domain):
             raise KernelError(errno.EINVAL, f"{device.name} is in a stage-2 domain")
         cd = master.alloc_cd(pasid)
         state = _Attach(master, self, old, pasid)
-        master.write_cd(pasid, cd, self._cd())
+        master.write_cd(pasid, cd, self._cd(master))
         if not (master.cdtab_in_ste and master.ste_ats_enabled == state.ats_enabled):
             s1dss = e.S1DSS_BYPASS if isinstance(own, IdentityDomain) else e.S1DSS_TERMINATE
             master.install_ste(master.cdtable_ste(state.ats_enabled, s1dss))
@@ -368,6 +368,7 @@ class ArmSmmuV3(IommuDriver):
     """`arm_smmu_ops`, for one unit."""
 
     name = "arm-smmu-v3"
+    user_pasid_table = True
 
     def __init__(self, smmu: SmmuDevice, root: RootComplex) -> None:
         self.smmu = smmu
@@ -419,8 +420,11 @@ class ArmSmmuV3(IommuDriver):
 
     def page_response(self, device: Device, fault: PageRequest, code: int) -> None:
         """arm_smmu_page_response(): let the stalled transaction try again, or end it."""
+        master = _master(device)
+        if not master.stall_enabled:
+            raise KernelBug(f"{device.name} does not stall")
         retry = code == IOMMU_PAGE_RESP_SUCCESS
-        self.smmu.cmdq.issue([c.resume(_master(device).sid, fault.grpid, retry)], sync=False)
+        self.smmu.cmdq.issue([c.resume(master.sid, fault.grpid, retry)], sync=False)
 
     def device_isolated_msi(self, device: Device) -> bool:
         """Interrupt controllers of such machines (the ITS) tell who sends a message."""

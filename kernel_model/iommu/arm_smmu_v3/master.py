@@ -15,7 +15,7 @@ from fakedev.smmuv3 import entries as e
 from kernel_model import pci_ats
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.iommu.arm_smmu_v3.device import SmmuDevice
-from kernel_model.iommu.arm_smmu_v3.entries import make_cdtable_ste
+from kernel_model.iommu.arm_smmu_v3.entries import StreamOptions, make_cdtable_ste
 from kernel_model.iommu.arm_smmu_v3.entry_writer import CD, STE, write_entry
 from kernel_model.iommu.core import Device
 
@@ -35,6 +35,9 @@ class Master:
             raise KernelError(errno.ERANGE, f"stream {sid:#x} is beyond the stream table")
         if smmu.streams.setdefault(sid, device) is not device:
             raise KernelError(errno.ENODEV, f"stream {sid:#x} is {smmu.streams[sid].name}'s")
+        #: Its transactions may stall: the firmware says so of the device, or the unit lets no other.
+        self.stall_enabled = smmu.stall_forced or (smmu.stalls and "dma-can-stall" in device.properties)
+        self.options = StreamOptions(smmu.attr_types_ovr, smmu.stalls, self.stall_enabled)
         #: Bits of a PASID.
         self.ssid_bits = 0
         #: How many PASIDs the function has, whatever the unit can; 0 without.
@@ -97,7 +100,7 @@ class Master:
 
     def cdtable_ste(self, ats_enabled: bool, s1dss: int) -> list[int]:
         """An STE that points to the device's CD table, which there is."""
-        return make_cdtable_ste(self.smmu.options, self.s1fmt, self.cdtab, self.ssid_bits, ats_enabled, s1dss)
+        return make_cdtable_ste(self.options, self.s1fmt, self.cdtab, self.ssid_bits, ats_enabled, s1dss)
 
     # -- context descriptors -----------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ processors, waiting by MSI or WFE (completion is seen in CONS, and the hardware 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from fakedev.machine import Machine
 from fakedev.smmuv3 import commands, regs
@@ -87,15 +87,25 @@ class CommandQueue(Queue):
 class OutputQueue(Queue):
     """What the unit tells the driver."""
 
-    def drain(self) -> Iterator[list[int]]:
-        """The records that are there, each taken when it is asked for. Afterwards an overflow is acknowledged."""
+    def drain(self, overflowed: Callable[[], None]) -> Iterator[list[int]]:
+        """The records that are there, each taken when it is asked for, until there is none.
+
+        `overflowed` is called each time that records turn out to be lost; all of it is acknowledged in the end only.
+        """
         mask = (2 << self.lg2) - 1
-        prod = self._mmio.read(self._prod_register, 4)
-        while (prod ^ self.cons) & mask:
-            index = self._index(self.cons)
-            record: list[int] = self._words[index : index + self._entry].tolist()
-            self.cons = self._next(self.cons)
-            self._mmio.write(self._cons_register, 4, self.cons | prod & regs.Q_OVERFLOW_FLAG)
-            yield record
+        while True:
+            while (self.prod ^ self.cons) & mask:
+                index = self._index(self.cons)
+                record: list[int] = self._words[index : index + self._entry].tolist()
+                self.cons = self.cons & regs.Q_OVERFLOW_FLAG | self._next(self.cons & mask)
+                self._mmio.write(self._cons_register, 4, self.cons)
+                yield record
             prod = self._mmio.read(self._prod_register, 4)
-        self._mmio.write(self._cons_register, 4, self.cons | prod & regs.Q_OVERFLOW_FLAG)
+            if (prod ^ self.prod) & regs.Q_OVERFLOW_FLAG:
+                overflowed()
+            self.prod = prod
+            if not (prod ^ self.cons) & mask:
+                break
+        if (self.prod ^ self.cons) & regs.Q_OVERFLOW_FLAG:  # queue_sync_cons_ovf()
+            self.cons = self.prod & regs.Q_OVERFLOW_FLAG | self.cons & mask
+            self._mmio.write(self._cons_register, 4, self.cons)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.iommu.core import IOMMU_DOMAIN_BLOCKED, Device, Domain, IommuDriver
-from kernel_model.iommu.io_pgfault import iopf_queue_add_device, iopf_queue_remove_device
+from kernel_model.iommu.io_pgfault import IopfQueue, iopf_queue_add_device, iopf_queue_remove_device
 from uapi.iommufd_test import (
     IOMMU_TEST_DEV_CACHE_DEFAULT,
     IOMMU_TEST_PASID_RESERVED,
@@ -27,7 +27,7 @@ class MockDevice(Device):
 
     is_mock = True
 
-    def __init__(self, iommu: IommuDriver, number: int, flags: int) -> None:
+    def __init__(self, iommu: IommuDriver, iopf_queue: IopfQueue, number: int, flags: int) -> None:
         super().__init__(f"iommufd_mock{number}", iommu)
         self.number = number
         self.flags = flags
@@ -39,6 +39,7 @@ class MockDevice(Device):
         self.viommu: Viommu | None = None
         self.vdev_id = 0
         #: Domains with a fault handler that the device is attached to, its own and those of PASIDs.
+        self.iopf_queue = iopf_queue
         self.iopf_refcount = 0
         #: The next attach of PASID 1024 fails.
         self.fails_pasid_1024 = False
@@ -94,7 +95,7 @@ def _enable_iopf(mock: MockDevice, domain: Domain) -> None:
     if domain.iopf_handler is None:
         return
     if not mock.iopf_refcount:
-        iopf_queue_add_device(mock)
+        iopf_queue_add_device(mock.iopf_queue, mock)
     mock.iopf_refcount += 1
 
 
@@ -104,4 +105,4 @@ def _disable_iopf(mock: MockDevice, domain: Domain | None) -> None:
         return
     mock.iopf_refcount -= 1
     if not mock.iopf_refcount:
-        iopf_queue_remove_device(mock)
+        iopf_queue_remove_device(mock.iopf_queue, mock)

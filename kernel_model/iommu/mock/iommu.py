@@ -20,6 +20,7 @@ from kernel_model.iommu.core import (
     IommuDriver,
     ResvRegion,
 )
+from kernel_model.iommu.io_pgfault import IopfQueue
 from kernel_model.iommu.mock.array import MockArrayDomain
 from kernel_model.iommu.mock.attach import MockDevice
 from kernel_model.iommu.mock.domain import MockBlockingDomain, MockPagingDomain
@@ -65,6 +66,7 @@ class MockIommu(IommuDriver):
         self._hidden = hidden
         self._generic_pt = has(release, "mock-generic-pt")
         self._first_group = first_group
+        self._iopf_queue = IopfQueue()
         self._free: list[int] = []
         self._next = 0
 
@@ -90,7 +92,7 @@ class MockIommu(IommuDriver):
         else:
             number = self._next
             self._next += 1
-        device = MockDevice(self, number, flags)
+        device = MockDevice(self, self._iopf_queue, number, flags)
         self.probe_device(device, 0)
         return device
 

@@ -545,9 +545,9 @@ def test_a_device_tlb_forgets_what_is_unmapped(make, flags):
     assert world.driver.capable(world.device, core.IOMMU_CAP_PCI_ATS_SUPPORTED)
     domain = world.domain(flags)
     domain.map(G1, PA, 2 * K4, RW)
-    assert not world.port.ats.enabled
+    assert not world.port.enabled
     world.attach(domain)
-    assert world.port.ats.enabled
+    assert world.port.enabled
     assert [through_tlb(world, G1), through_tlb(world, G1 + K4)] == [b"page 0", b"page 1"]
     assert len(world.port.tlb) == 2
     domain.unmap(G1, K4)
@@ -565,12 +565,12 @@ def test_ats_follows_the_domain(make):
     world.attach(second)
     assert through_tlb(world, G1) == b"page 1"
     world.attach(world.driver.identity_domain)
-    assert not world.port.ats.enabled
+    assert not world.port.enabled
     assert world.read(PA) == b"page 0"
     world.attach(first)
     assert through_tlb(world, G1) == b"page 0"
     world.attach(world.driver.blocked_domain)
-    assert not world.port.ats.enabled
+    assert not world.port.enabled
     assert through_tlb(world, G1) is None
 
 
@@ -596,10 +596,10 @@ def test_a_pasid_alone_switches_ats_on_and_off(make):
     domain = world.domain(IOMMU_HWPT_ALLOC_PASID)
     domain.map(G1, PA, K4, RW)
     world.pasid(domain, 5)
-    assert world.port.ats.enabled
+    assert world.port.enabled
     assert through_tlb(world, G1, 5) == b"page 0"
     core.detach_device_pasid(domain, world.device, 5)
-    assert not world.port.ats.enabled
+    assert not world.port.enabled
     assert world.read(PA) == b"page 0"
 
 
