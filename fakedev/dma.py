@@ -172,13 +172,15 @@ class DmaPort:
 
     `enabled` follows the function's Bus Master Enable bit; set it with `set_enabled`. `iommu` is None for a function in
     front of no IOMMU. `msi_window` is the range of untranslated addresses whose writes are interrupts: a PC's, or an
-    empty one where interrupts are writes to memory as any others.
+    empty one where interrupts are writes to memory as any others. Those end at `doorbell`, a physical address where no
+    memory is; `on_doorbell` gets the request id and what was written.
     """
 
     __slots__ = (
         "_map",
         "_memory",
-        "_ram_size",
+        "_ram_end",
+        "_ram_start",
         "_read_delta",
         "_read_end",
         "_read_in_ram",
@@ -188,10 +190,12 @@ class DmaPort:
         "_write_end",
         "_write_in_ram",
         "_write_start",
+        "doorbell",
         "enabled",
         "iommu",
         "msi_window",
         "on_abort",
+        "on_doorbell",
         "on_interrupt",
         "peer",
         "rid",
@@ -204,8 +208,12 @@ class DmaPort:
         iommu: IommuHardware | None,
         on_interrupt: InterruptSink,
         msi_window: tuple[int, int] = (MSI_START, MSI_END),
+        doorbell: int = -1,
+        on_doorbell: InterruptSink | None = None,
     ) -> None:
         self.rid = rid
+        self.doorbell = doorbell
+        self.on_doorbell = on_doorbell
         self.iommu = iommu
         self.msi_window = msi_window
         self.on_interrupt = on_interrupt
@@ -215,7 +223,7 @@ class DmaPort:
         self.peer: Callable[[int], Run | None] | None = None
         self.enabled = False
         self._memory = memory
-        self._ram_size = memory.ram_size
+        self._ram_start, self._ram_end = memory.ram_start, memory.ram_end
         self._map = memory.mapped
         self._read_start = self._read_end = self._read_delta = 0
         self._write_start = self._write_end = self._write_delta = 0
@@ -282,7 +290,7 @@ class DmaPort:
             try:
                 self._memory.write(pa, data)
             except BusAbort as error:
-                raise self._nobody(address, error) from None
+                self._unanswered_write(address, pa, data, error)
             return
         self._write(address, data)
 
@@ -292,7 +300,7 @@ class DmaPort:
         while address < end:
             start, stop, delta, _ = self._translate(address, end - address, READ)
             self._read_start, self._read_end, self._read_delta = start, stop, delta
-            self._read_in_ram = start + delta >= 0 and stop + delta <= self._ram_size
+            self._read_in_ram = start + delta >= self._ram_start and stop + delta <= self._ram_end
             stop = min(stop, end)
             try:
                 parts.append(self._memory.read(address + delta, stop - address))
@@ -312,12 +320,13 @@ class DmaPort:
         while address < end:
             start, stop, delta, _ = self._translate(address, end - address, WRITE)
             self._write_start, self._write_end, self._write_delta = start, stop, delta
-            self._write_in_ram = start + delta >= 0 and stop + delta <= self._ram_size
+            self._write_in_ram = start + delta >= self._ram_start and stop + delta <= self._ram_end
             stop = min(stop, end)
+            piece = view[done : done + stop - address]
             try:
-                self._memory.write(address + delta, view[done : done + stop - address])
+                self._memory.write(address + delta, piece)
             except BusAbort as error:
-                raise self._nobody(address, error) from None
+                self._unanswered_write(address, address + delta, piece, error)
             done += stop - address
             address = stop
 
@@ -327,6 +336,12 @@ class DmaPort:
             who = f"{self.rid >> 8:02x}:{self.rid >> 3 & 31:02x}.{self.rid & 7}"
             self.on_abort(f"{who}: iova {address:#x} is translated, but {error}")
         return DmaAbort(address)
+
+    def _unanswered_write(self, address: int, pa: int, data: bytes | bytearray | memoryview, error: BusAbort) -> None:
+        """A write that no memory took: the interrupt controller does, or nobody."""
+        if pa != self.doorbell or len(data) != 4 or self.on_doorbell is None:
+            raise self._nobody(address, error) from None
+        self.on_doorbell(self.rid, int.from_bytes(data, "little"))
 
     def _translate(self, address: int, length: int, access: int, pasid: int = NO_PASID) -> Run:
         # A request with a PASID is never an interrupt (VT-d specification 3.15; PCIe 6.20).
@@ -392,7 +407,7 @@ class DmaPort:
         try:
             self._memory.write(pa, data)
         except BusAbort as error:
-            raise self._nobody(address, error) from None
+            self._unanswered_write(address, pa, data, error)
 
     # -- address translation services --------------------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ VTD_LEGACY_ECAP = 0x0000_0000_00F0_0F4A
 VTD_BASE = 0xFED9_0000
 #: Where QEMU's `virt` machine has its SMMU.
 SMMU_BASE = 0x0905_0000
+#: The doorbell in the registers of an ITS.
+GITS_TRANSLATER = 0x1_0040
 
 
 class Mmio:
@@ -54,13 +56,25 @@ class Machine:
     newest last.
     """
 
-    def __init__(self, name: str, memory: PhysicalMemory | None = None, kernel_arguments: str = "") -> None:
+    def __init__(
+        self,
+        name: str,
+        memory: PhysicalMemory | None = None,
+        kernel_arguments: str = "",
+        *,
+        its: int | None = None,
+    ) -> None:
         self.name = name
+        #: Where a GIC's interrupt translation service has its registers: MSIs are writes to its doorbell.
+        self.its = its
         #: What the kernel of this machine is told at boot.
         self.kernel_arguments = kernel_arguments.split()
         self.memory = PhysicalMemory() if memory is None else memory
         self.mmio = Mmio()
-        self.root = RootComplex(self.memory)
+        if its is None:
+            self.root = RootComplex(self.memory)
+        else:
+            self.root = RootComplex(self.memory, (0, 0), its + GITS_TRANSLATER)
         self.last_faults: deque[str] = deque(maxlen=16)
         #: For tests and tools: the units themselves. A driver uses `mmio`.
         self.units: list[VtdUnit | SmmuV3] = []
@@ -121,6 +135,7 @@ class Machine:
             self.memory,
             features,
             send_interrupt=self.root.interrupt,
+            msi_window=self.root.msi_window,
             wired=wired,
             downstream=self.root,
             on_fault=self.last_faults.append,

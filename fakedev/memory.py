@@ -1,11 +1,12 @@
 """The physical address space of a machine.
 
-Two kinds of memory answer in it. *RAM* is one sparse memfd from physical address 0 upwards, mapped once: the kernel's
-tables live there. *Windows* are everything else: a client's pages, a shared file, a device's registers; who owns one
-says how it is read (`Backing`). An access that nothing answers raises `BusAbort`, as a real bus returns Unsupported
-Request.
+Two kinds of memory answer in it. *RAM* is one sparse memfd, from physical address 0 upwards on a PC and from 1 GiB on
+an Arm board, mapped once: the kernel's tables live there. *Windows* are everything else: a client's pages, a shared
+file, a device's registers; who owns one says how it is read (`Backing`). An access that nothing answers raises
+`BusAbort`, as a real bus returns Unsupported Request.
 
-Offsets into `ram` and `words` are physical addresses: `words[pa >> 3]` is a table load. What is left out: memory
+Offsets into `ram` and `words` are physical addresses: `words[pa >> 3]` is a table load. (They begin at 0 even where
+RAM does not; what lies before it takes no memory.) What is left out: memory
 attributes and ordering (the model has no threads), and RAM above the hole for 32-bit registers.
 """
 
@@ -63,20 +64,36 @@ class _Nothing:
 class PhysicalMemory:
     """RAM and windows of one machine.
 
-    `ram_size` bytes (a multiple of 4096, at most 2 GiB) of sparse memory from address 0; nothing is committed before it
-    is touched. ValueError for a bad size.
+    `ram_size` bytes (a multiple of 4096) of sparse memory from address `ram_start`, which end at 2 GiB at most; nothing
+    is committed before it is touched. `address_bits` is what the machine's buses and IOMMUs can all address, up to
+    ADDRESS_BITS. ValueError for a bad size.
     """
 
-    __slots__ = ("_base", "_bases", "_end", "_fd", "_target", "_windows", "mapped", "ram", "ram_size", "words")
+    __slots__ = (
+        "_base",
+        "_bases",
+        "_end",
+        "_fd",
+        "_target",
+        "_windows",
+        "address_bits",
+        "mapped",
+        "ram",
+        "ram_end",
+        "ram_start",
+        "words",
+    )
 
-    def __init__(self, ram_size: int = LOW_RAM_LIMIT) -> None:
-        if ram_size % PAGE_SIZE or not 0 < ram_size <= LOW_RAM_LIMIT:
+    def __init__(self, ram_size: int = LOW_RAM_LIMIT, ram_start: int = 0, *, address_bits: int = ADDRESS_BITS) -> None:
+        ram_end = ram_start + ram_size
+        if ram_size % PAGE_SIZE or not 0 < ram_size <= ram_end <= LOW_RAM_LIMIT:
             raise ValueError(f"{ram_size:#x} bytes of RAM: not a multiple of 4 KiB up to {LOW_RAM_LIMIT:#x}")
+        self.address_bits = address_bits
         self._fd = os.memfd_create("fakedev-ram", os.MFD_CLOEXEC)
-        os.ftruncate(self._fd, ram_size)
+        os.ftruncate(self._fd, ram_end)
         #: RAM as a mapping (its slices are `bytes`), as a view, and as little-endian 64-bit words.
-        self.mapped = mmap.mmap(self._fd, ram_size)
-        self.ram_size = ram_size
+        self.mapped = mmap.mmap(self._fd, ram_end)
+        self.ram_start, self.ram_end = ram_start, ram_end
         self.ram = memoryview(self.mapped)
         self.words = self.ram.cast("Q")
         self._bases: list[int] = []
@@ -89,7 +106,7 @@ class PhysicalMemory:
     def add_window(self, base: int, size: int, backing: Backing) -> None:
         """Let `backing` answer in [base, base + size). ValueError where that is taken or outside the address space."""
         end = base + size
-        if size <= 0 or base < self.ram_size or end > ADDRESS_SIZE:
+        if size <= 0 or base < 0 or (base < self.ram_end and end > self.ram_start) or end > 1 << self.address_bits:
             raise ValueError(f"no window can be at {base:#x}+{size:#x}")
         index = bisect_right(self._bases, base)
         if (index and self._windows[index - 1][1] > base) or (index < len(self._bases) and self._bases[index] < end):
@@ -121,7 +138,7 @@ class PhysicalMemory:
         BusAbort where nothing answers. Use the view at once: the memory may go away with the next system call.
         """
         end = pa + length
-        if end <= self.ram_size:
+        if end <= self.ram_end and pa >= self.ram_start:
             return self.ram[pa:end]
         if not self._base <= pa < self._end:
             self._select(pa)
@@ -132,11 +149,11 @@ class PhysicalMemory:
     def read(self, pa: int, length: int) -> bytes:
         """The bytes of [pa, pa + length). BusAbort where nothing answers."""
         end = pa + length
-        if end <= self.ram_size:
+        if end <= self.ram_end and pa >= self.ram_start:
             return self.mapped[pa:end]
         if not self._base <= pa < self._end:
-            if pa < self.ram_size:
-                return self.mapped[pa : self.ram_size] + self.read(self.ram_size, end - self.ram_size)
+            if self.ram_start <= pa < self.ram_end:
+                return self.mapped[pa : self.ram_end] + self.read(self.ram_end, end - self.ram_end)
             self._select(pa)
         if end > self._end:
             split = self._end - pa
@@ -147,15 +164,15 @@ class PhysicalMemory:
         """Store `data` at `pa`. BusAbort where nothing answers; what came before the abort has been stored."""
         length = len(data)
         end = pa + length
-        if end <= self.ram_size:
+        if end <= self.ram_end and pa >= self.ram_start:
             self.ram[pa:end] = data
             return
         view = memoryview(data)
         if not self._base <= pa < self._end:
-            if pa < self.ram_size:
-                split = self.ram_size - pa
-                self.ram[pa : self.ram_size] = view[:split]
-                self.write(self.ram_size, view[split:])
+            if self.ram_start <= pa < self.ram_end:
+                split = self.ram_end - pa
+                self.ram[pa : self.ram_end] = view[:split]
+                self.write(self.ram_end, view[split:])
                 return
             self._select(pa)
         if end > self._end:

@@ -443,14 +443,20 @@ class _Refusal:
 class RootComplex:
     """Where functions meet memory, their IOMMU and the interrupt controller."""
 
-    def __init__(self, memory: PhysicalMemory, msi_window: tuple[int, int] = (MSI_START, MSI_END)) -> None:
+    def __init__(
+        self, memory: PhysicalMemory, msi_window: tuple[int, int] = (MSI_START, MSI_END), doorbell: int = -1
+    ) -> None:
         self.memory = memory
         #: Untranslated writes here are interrupts. (0, 0) where interrupts are writes to memory as any others.
         self.msi_window = msi_window
+        #: The physical address of the register that takes those, no memory's (GITS_TRANSLATER); -1 without.
+        self.doorbell = doorbell
         self.functions: dict[int, PciFunction] = {}
         self._behind_bridges: list[DmaPort] = []
         #: Given by the kernel: gets (address, data) of every MSI.
         self.interrupt_sink: Callable[[int, int], None] | None = None
+        #: Given by the kernel: gets (request id, data) of every write to the doorbell.
+        self.doorbell_sink: Callable[[int, int], None] | None = None
         #: Given by the kernel: gets a function whose `intx_asserted` may have changed.
         self.intx_sink: Callable[[PciFunction], None] | None = None
 
@@ -459,7 +465,7 @@ class RootComplex:
         if function.rid in self.functions:
             raise ValueError(f"two functions at {function.address}")
         self.functions[function.rid] = function
-        port = DmaPort(self.requester_id(function), self.memory, iommu, self.interrupt, self.msi_window)
+        port = self._port(self.requester_id(function), iommu)
         self._connect(function, port)
         function.attach(self, port)
         return function
@@ -498,9 +504,12 @@ class RootComplex:
                 iommu = _Refusal()
             if bridge.express_type == _TYPE_PCI_BRIDGE:
                 rid = bridge.secondary << 8
-        port = DmaPort(rid, self.memory, iommu, self.interrupt, self.msi_window)
+        port = self._port(rid, iommu)
         self._connect(function, port)
         return port
+
+    def _port(self, rid: int, iommu: IommuHardware | None) -> DmaPort:
+        return DmaPort(rid, self.memory, iommu, self.interrupt, self.msi_window, self.doorbell, self._ring)
 
     def _connect(self, function: PciFunction, port: DmaPort) -> None:
         if self.upstream(function):
@@ -531,6 +540,10 @@ class RootComplex:
         """A message signalled interrupt arrived."""
         if self.interrupt_sink is not None:
             self.interrupt_sink(address, data)
+
+    def _ring(self, rid: int, data: int) -> None:
+        if self.doorbell_sink is not None:
+            self.doorbell_sink(rid, data)
 
     def intx(self, function: PciFunction) -> None:
         if self.intx_sink is not None:

@@ -3,7 +3,7 @@
 `ClientMemory` holds the buffers that `Kernel.buffer()` gave out. Such memory cannot vanish under a DMA: closing a
 buffer while the model may still reach it only marks it, so copies go directly, without asking the host's kernel.
 
-`MmBacking` is what answers for one address space's window of the physical address space: directly inside a live buffer
+`MmBacking` is what answers for a place of an address space in the physical one: directly inside a live buffer
 of the model's own process, by `process_vm_readv/writev` elsewhere, from what was kept of a process that has gone, and
 with `BusAbort` where the memory is gone.
 """
@@ -109,19 +109,21 @@ class ClientMemory:
 
 
 class MmBacking:
-    """The memory of one address space, as the physical address space sees it."""
+    """The memory of one address space from `start` on, as the physical address space sees it."""
 
-    def __init__(self, mm: Mm) -> None:
+    def __init__(self, mm: Mm, start: int) -> None:
         self._mm = mm
+        self._start = start
 
     def view(self, offset: int, length: int) -> memoryview | None:
         buffers = self._mm.buffers
+        address = self._start + offset
         if buffers is None:
-            return None if self._mm.alive else self._mm.remaining(offset, length)
-        found = buffers.find(offset, length)
+            return None if self._mm.alive else self._mm.remaining(address, length)
+        found = buffers.find(address, length)
         if found is None:
             return None
-        start = offset - found.address
+        start = address - found.address
         return found.direct[start : start + length]
 
     def read(self, offset: int, length: int) -> bytes:
@@ -129,9 +131,9 @@ class MmBacking:
         if view is not None:
             return bytes(view)
         try:
-            return self._mm.read(offset, length)
+            return self._mm.read(self._start + offset, length)
         except KernelError as error:
-            raise BusAbort(self._mm.window | offset) from error
+            raise BusAbort(self._mm.physical(self._start + offset)) from error
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         view = self.view(offset, len(data))
@@ -139,6 +141,6 @@ class MmBacking:
             view[:] = data
             return
         try:
-            self._mm.write(offset, data)
+            self._mm.write(self._start + offset, data)
         except KernelError as error:
-            raise BusAbort(self._mm.window | offset) from error
+            raise BusAbort(self._mm.physical(self._start + offset)) from error

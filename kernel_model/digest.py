@@ -34,6 +34,8 @@ _IGNORED = {
     "PublishedPages": {"_fd"},
     "Mm": {
         "alive",
+        "places",
+        "_new_place",
         "pins",
         "buffers",
         "_local",
@@ -45,7 +47,20 @@ _IGNORED = {
     },
 }
 #: Classes that are named and not entered.
-_OPAQUE = {"Kernel", "PageAllocator", "IntelUnit", "IntelIommu", "PageTable", "CacheTags", "Interrupts", "FileSystem"}
+_OPAQUE = {
+    "Kernel",
+    "PageAllocator",
+    "IntelUnit",
+    "IntelIommu",
+    "SmmuDevice",
+    "ArmSmmuV3",
+    "Master",
+    "PageTable",
+    "CacheTags",
+    "Interrupts",
+    "GicInterrupts",
+    "FileSystem",
+}
 _PLAIN = (int, str, bytes, float, bool, type(None))
 
 #: (object's number, its class, attribute, value)

@@ -1,10 +1,14 @@
 """Interrupts: who is called when a device sends a message or raises its line.
 
 Stands for what kernel/irq, the MSI domains and the I/O APIC do together for a PCI driver: `pci_alloc_irq_vectors()`,
-`request_irq()` and their opposites. Every MSI vector has an address and data of its own in the processor's interrupt
-window; INTx handlers are found by function. Handlers run inside the store that caused the interrupt.
+`request_irq()` and their opposites. On a PC every MSI vector has data of its own, and all go to one address in the
+processor's interrupt window. With a GIC they go to the doorbell of its translation service (drivers/irqchip/
+irq-gic-v3-its.c), each function counting its events from 0; the doorbell is memory that the IOMMU translates, so the
+domain of the device must map it. INTx handlers are found by function. Handlers run inside the store that caused the
+interrupt.
 
-Left out: MSI-X, shared lines (a line belongs to one function), affinity, spurious interrupts.
+Left out: MSI-X, shared lines (a line belongs to one function), affinity, spurious interrupts, the translation
+service's own tables and commands.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
+from fakedev.machine import Machine
 from fakedev.pci import (
     PCI_COMMAND,
     PCI_COMMAND_INTX_DISABLE,
@@ -22,34 +27,45 @@ from fakedev.pci import (
     PCI_MSI_FLAGS_ENABLE,
     PCI_MSI_FLAGS_QSIZE,
     PciFunction,
-    RootComplex,
 )
 from kernel_model.errors import KernelBug, KernelError
 
 #: Where messages go (Intel SDM volume 3, 12.11.1), and the data of the first vector.
 MSI_ADDRESS = 0xFEE0_0000
 FIRST_VECTOR = 0x40
+#: The first number that a GIC gives to messages.
+FIRST_LPI = 8192
 _PCI_MSI_DATA_64 = 12
 
 Handler = Callable[[], None]
 
 
 class Interrupts:
-    """The interrupts of one machine."""
+    """The interrupts of a PC; `interrupts_of` makes those of any machine."""
 
-    def __init__(self, root: RootComplex) -> None:
+    _first = FIRST_VECTOR
+
+    def __init__(self, machine: Machine) -> None:
         self._handlers: dict[int, Handler] = {}
         self._lines: dict[int, Handler] = {}
         self._vectors: dict[int, range] = {}
-        root.interrupt_sink = self._message
-        root.intx_sink = self._line
+        machine.root.interrupt_sink = self._message
+        machine.root.intx_sink = self._line
+
+    def _doorbell(self, function: PciFunction) -> int:
+        """Where the function sends its messages."""
+        return MSI_ADDRESS
+
+    def _event(self, vector: int) -> int:
+        """The data of the first vector of a function's."""
+        return vector
 
     # -- message signalled -------------------------------------------------------------------------------------------
 
     def pci_alloc_irq_vectors(self, function: PciFunction, wanted: int) -> int:
         """Turn MSI on with up to `wanted` vectors; how many there are.
 
-        ERANGE: none is wanted. ENOSPC: the function has no MSI.
+        ERANGE: none is wanted. ENOSPC: the function has no MSI, or its domain does not let it reach the doorbell.
         """
         if wanted < 1:
             raise KernelError(errno.ERANGE, "no vector is wanted")
@@ -59,18 +75,19 @@ class Interrupts:
         if function.rid in self._vectors:
             raise KernelBug("MSI is on already")
         count = min(wanted, msi.vectors)
+        doorbell = self._doorbell(function)
         enabled_lg2 = (count - 1).bit_length()
         block = 1 << enabled_lg2  # a function is given a power of two, and data aligned to it
-        first = FIRST_VECTOR
+        first = self._first
         for taken in sorted(self._vectors.values(), key=lambda span: span.start):
             if first + block <= taken.start:
                 break
             first = -(-taken.stop // block) * block
         self._vectors[function.rid] = range(first, first + count)
         cap = msi.offset
-        function.config_write(cap + PCI_MSI_ADDRESS_LO, 4, MSI_ADDRESS)
-        function.config_write(cap + PCI_MSI_ADDRESS_HI, 4, 0)
-        function.config_write(cap + _PCI_MSI_DATA_64, 2, first)
+        function.config_write(cap + PCI_MSI_ADDRESS_LO, 4, doorbell & 0xFFFF_FFFF)
+        function.config_write(cap + PCI_MSI_ADDRESS_HI, 4, doorbell >> 32)
+        function.config_write(cap + _PCI_MSI_DATA_64, 2, self._event(first))
         flags = function.config_read(cap + PCI_MSI_FLAGS, 2) & ~PCI_MSI_FLAGS_QSIZE
         pci_intx(function, False)
         function.config_write(cap + PCI_MSI_FLAGS, 2, flags | enabled_lg2 << 4 | PCI_MSI_FLAGS_ENABLE)
@@ -124,6 +141,42 @@ class Interrupts:
         handler = self._lines.get(function.rid)
         if handler is not None and function.intx_asserted:
             handler()
+
+
+class GicInterrupts(Interrupts):
+    """The interrupts of a machine with a GICv3 and its translation service.
+
+    `prepare` is `iommu_dma_prepare_msi()`: where a function writes to reach a doorbell.
+    """
+
+    _first = FIRST_LPI
+
+    def __init__(self, machine: Machine, prepare: Callable[[PciFunction, int], int]) -> None:
+        super().__init__(machine)
+        self._root = machine.root
+        self._prepare = prepare
+        machine.root.doorbell_sink = self._translate
+
+    def _doorbell(self, function: PciFunction) -> int:
+        try:
+            return self._prepare(function, self._root.doorbell)
+        except KernelError as error:  # msi_handle_pci_fail()
+            raise KernelError(errno.ENOSPC, f"no doorbell: {error.strerror}") from error
+
+    def _event(self, vector: int) -> int:
+        return 0
+
+    def _translate(self, rid: int, event: int) -> None:
+        """What the translation service does with a write of the function that has this request id."""
+        vectors = self._vectors.get(rid, range(0))
+        handler = self._handlers.get(vectors[event]) if event < len(vectors) else None
+        if handler is not None:
+            handler()
+
+
+def interrupts_of(machine: Machine, prepare: Callable[[PciFunction, int], int]) -> Interrupts:
+    """The interrupts of a machine: a GIC's if it has a translation service, else a PC's."""
+    return Interrupts(machine) if machine.its is None else GicInterrupts(machine, prepare)
 
 
 def pci_intx(function: PciFunction, enable: bool) -> None:

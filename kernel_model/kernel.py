@@ -30,9 +30,11 @@ from kernel_model.door import Descriptor, MemoryMapping, ModelClient, ModelFile,
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.fault_injection import MEMORY, FaultInjection, Injection, injecting, kmalloc
 from kernel_model.file import POLLOUT, FileDescription, SystemCall
-from kernel_model.irq import Interrupts
+from kernel_model.iommu.core import dma_prepare_msi
+from kernel_model.irq import interrupts_of
 from kernel_model.page_alloc import PageAllocator
-from kernel_model.process import TASK_SIZE, Credentials, HostCredentials, Mm, Process, User
+from kernel_model.placement import Placement
+from kernel_model.process import Credentials, HostCredentials, Mm, Process, User
 from kernel_model.shared_files import SharedFiles
 from kernel_model.subsystems import boot
 from kernel_model.vfs import FileSystem
@@ -94,8 +96,11 @@ class Kernel:
         self.machine = build_machine(machine) if isinstance(machine, str) else machine
         self.memory = self.machine.memory
         self.pages = PageAllocator(self.memory)
-        self.interrupts = Interrupts(self.machine.root)
-        self.shared_files = SharedFiles(self.memory)
+        self.interrupts = interrupts_of(
+            self.machine, lambda function, address: dma_prepare_msi(self.devices[function.address], address)
+        )
+        self._placement = Placement(self.memory)
+        self.shared_files = SharedFiles(self.memory, self._placement)
         self.files = FileSystem()
         #: Devices as the driver core knows them, by name ("0000:00:10.0").
         self.devices: dict[str, Device] = {}
@@ -112,8 +117,7 @@ class Kernel:
         self.mappings: list[ModelMapping | MemoryMapping] = []
         self.watched_mappings: list[ModelMapping] = []
         self._users: dict[int, User] = {}
-        self._free_mms = list(range(_ADDRESS_SPACES, 0, -1))
-        #: Address spaces of exited processes: a window is used again when nothing is pinned in it any more.
+        #: Address spaces of exited processes: their places are used again when nothing is pinned there any more.
         self._retired_mms: list[Mm] = []
         self._processes: dict[int, Process] = {}
         #: By (inode, device), in the order of a stat result.
@@ -393,13 +397,18 @@ class Kernel:
     def add_process(self, pid: int, credentials: Credentials) -> Process:
         """Make a process known as a client. EAGAIN: the model has room for 15 of them."""
         self._forget_mms()
-        if not self._free_mms:
+        if len(self._processes) + len(self._retired_mms) >= _ADDRESS_SPACES:
             raise OSError(errno.EAGAIN, "the model has room for 15 client processes")
-        mm = Mm(pid, self._free_mms.pop())
+        mm = Mm(pid, self._new_place, self._placement.place_lg2)
         process = Process(pid, mm, pid == os.getpid(), credentials)
         self._processes[pid] = process
-        self.memory.add_window(mm.window, TASK_SIZE, MmBacking(mm))
         return process
+
+    def _new_place(self, mm: Mm, number: int) -> int:
+        """A place in the physical address space for a piece of an address space. ENOMEM."""
+        place, lg2 = self._placement.take(), mm.place_lg2
+        self.memory.add_window(place, 1 << lg2, MmBacking(mm, number << lg2))
+        return place
 
     def has_process(self, pid: int) -> bool:
         """Whether a client has this number."""
@@ -425,8 +434,10 @@ class Kernel:
         """Address spaces of exited processes in which nothing is pinned any more."""
         for mm in [mm for mm in self._retired_mms if not mm.pins]:
             self._retired_mms.remove(mm)
-            self.memory.remove_window(mm.window)
-            self._free_mms.append(mm.window // TASK_SIZE)
+            for place in mm.places.values():
+                self.memory.remove_window(place)
+                self._placement.give(place)
+            mm.places.clear()
 
     def disown(self, reason: str) -> None:
         """Refuse every further call: this copy of the model is in a forked child."""

@@ -13,20 +13,20 @@ from fakedev.memory import PAGE_SHIFT, PAGE_SIZE, PhysicalMemory
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.fault_injection import alloc_page, injecting
 
-#: Below lie the real-mode vectors, the video memory and the firmware of a PC.
-_FIRST_PAGE = 0x10_0000
+#: Where RAM begins lie the real-mode vectors, the video memory and the firmware of a PC, the device tree elsewhere.
+_RESERVED = 0x10_0000
 _ZEROES = bytes(PAGE_SIZE)
 
 
 class PageAllocator:
-    """Zeroed memory out of `memory`'s RAM from 1 MiB up."""
+    """Zeroed memory out of `memory`'s RAM but its first MiB."""
 
     __slots__ = ("_free", "_free_large", "_large", "_next", "_out", "_ram", "_top")
 
     def __init__(self, memory: PhysicalMemory) -> None:
         self._ram = memory.ram
-        self._next = _FIRST_PAGE
-        self._top = memory.ram_size
+        self._next = memory.ram_start + _RESERVED
+        self._top = memory.ram_end
         self._free: list[int] = []
         self._out: set[int] = set()
         #: Allocations of more than a page: those that are out, with their sizes; those given back, by size.

@@ -4,9 +4,8 @@ Mirrors the parts of `struct mm_struct`, `struct cred` and `struct user_struct` 
 memory is the real memory of a real process. Reading and writing it never trusts an address: `process_vm_readv(2)` and
 `process_vm_writev(2)` answer EFAULT where the kernel's `copy_from_user()` would.
 
-Every address space owns a window of the physical address space (`Mm.window`): the page at `va` is the physical page
-`window | va`, so that pages next to each other stay next to each other and large IOMMU pages can be used. Pages of
-shared files live elsewhere (`kernel_model/shared_files.py`).
+Its pages have physical addresses as kernel_model/placement.py says (`Mm.physical`, `Mm.runs`). Pages of shared files
+live elsewhere (`kernel_model/shared_files.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 PAGE_MASK = PAGE_SIZE - 1
-#: Bits of a user address on x86-64 with four-level tables; also the size of an address space's physical window.
+#: Bits of a user address on x86-64 with four-level tables.
 TASK_BITS = 47
 TASK_SIZE = 1 << TASK_BITS
 
@@ -87,17 +86,25 @@ class Vma:
         self.huge = False
 
 
+def _nowhere(_mm: Mm, _number: int) -> int:
+    raise KernelError(errno.ENOMEM, "an address space of no machine")
+
+
 class Mm:
     """An address space: `struct mm_struct`."""
 
-    def __init__(self, pid: int, index: int) -> None:
+    def __init__(self, pid: int, new_place: Callable[[Mm, int], int] = _nowhere, place_lg2: int = TASK_BITS) -> None:
         self.pid = pid
-        self.window = index << TASK_BITS
         self.alive = True
+        #: Pieces of the address space, by their number, that have a place in the physical one: where.
+        self.places: dict[int, int] = {}
+        self.place_lg2 = place_lg2
+        self._new_place = new_place
+        self._in_place = (1 << place_lg2) - 1
         #: Pages charged to VmPin and VmLck by this kernel.
         self.pinned_vm = 0
         self.locked_vm = 0
-        #: Pins that lead into the window, (start, length) each: while there are any, it is not given to another.
+        #: Pins that lead into its places, (start, length) each: while there are any, no other gets those.
         self.pins: dict[object, tuple[int, int]] = {}
         #: Of an address space that has gone: what was pinned of it, (address, bytes) ascending.
         self.remains: list[tuple[int, bytearray]] = []
@@ -109,6 +116,24 @@ class Mm:
         self._remote_address = ctypes.addressof(self._remote)
         self._maps_fd = -1
         self._query_works = True
+
+    def physical(self, address: int) -> int:
+        """The physical address of a user address. ENOMEM: the model has no place left for it."""
+        number = address >> self.place_lg2
+        place = self.places.get(number)
+        if place is None:
+            place = self.places[number] = self._new_place(self, number)
+        return place | address & self._in_place
+
+    def runs(self, start: int, length: int) -> list[tuple[int, int]]:
+        """Whole pages: (physical address, how many) of each contiguous piece. ENOMEM, as above."""
+        found = []
+        end = start + length
+        while start < end:
+            stop = min((start | self._in_place) + 1, end)
+            found.append((self.physical(start), stop - start >> PAGE_SHIFT))
+            start = stop
+        return found
 
     def read(self, address: int, length: int) -> bytes:
         """copy_from_user(): `length` bytes or EFAULT."""

@@ -17,12 +17,8 @@ import os
 
 from fakedev.memory import BusAbort, PhysicalMemory
 from kernel_model.errors import KernelError
-from kernel_model.process import PAGE_SIZE, TASK_BITS
-
-#: Windows of shared files start above those of sixteen address spaces.
-FIRST_WINDOW = 16 << TASK_BITS
-WINDOW_SIZE = 1 << 41
-WINDOWS = ((1 << 52) - FIRST_WINDOW) // WINDOW_SIZE
+from kernel_model.placement import Placement
+from kernel_model.process import PAGE_SIZE
 
 
 class SharedFile:
@@ -83,24 +79,25 @@ class SharedFile:
 class SharedFiles:
     """All files with pinned pages."""
 
-    def __init__(self, memory: PhysicalMemory) -> None:
+    def __init__(self, memory: PhysicalMemory, placement: Placement) -> None:
         self._memory = memory
         self._files: dict[tuple[int, int], SharedFile] = {}
-        self._free = list(range(WINDOWS - 1, -1, -1))
+        self._window_size = size = placement.file_size
+        self._free = list(range(placement.first_file + (placement.files - 1) * size, placement.first_file - 1, -size))
 
     def get(self, key: tuple[int, int], fd: int, end: int) -> SharedFile:
         """The window of the file `key` = (device, inode), used up to byte `end`, one user more; takes over `fd`.
 
-        ENOMEM: limits of the model, 2 TiB of a file and 1,024 files at a time.
+        ENOMEM: limits of the model, 1,024 files at a time and of each 2 TiB, or on an Arm board 8 GiB.
         """
         found = self._files.get(key)
-        if end > WINDOW_SIZE or (found is None and not self._free):
+        if end > self._window_size or (found is None and not self._free):
             os.close(fd)
             raise KernelError(errno.ENOMEM, f"the model has no room for {end:#x} bytes of another shared file")
         if found is None:
-            found = SharedFile(fd, FIRST_WINDOW + self._free.pop() * WINDOW_SIZE)
+            found = SharedFile(fd, self._free.pop())
             self._files[key] = found
-            self._memory.add_window(found.window, WINDOW_SIZE, found)
+            self._memory.add_window(found.window, self._window_size, found)
         else:
             found.take(fd)
         found.users += 1
@@ -114,7 +111,7 @@ class SharedFiles:
                     del self._files[key]
                     break
             self._memory.remove_window(file.window)
-            self._free.append((file.window - FIRST_WINDOW) // WINDOW_SIZE)
+            self._free.append(file.window)
             file.close()
 
     def __len__(self) -> int:

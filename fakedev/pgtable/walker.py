@@ -61,17 +61,17 @@ class Walk:
 
 def load_word(memory: PhysicalMemory, pa: int) -> int:
     """A 64-bit load of the hardware at an aligned address. BusAbort."""
-    if pa + 8 <= memory.ram_size:
+    if memory.ram_start <= pa < memory.ram_end:
         return memory.words[pa >> 3]
     return int.from_bytes(memory.read(pa, 8), "little")
 
 
 def loader(memory: PhysicalMemory) -> Load:
     """`load_word` for one memory."""
-    words, ram_size, read = memory.words, memory.ram_size, memory.read
+    words, start, end, read = memory.words, memory.ram_start, memory.ram_end, memory.read
 
     def load(pa: int) -> int:
-        if pa + 8 <= ram_size:
+        if start <= pa < end:
             return words[pa >> 3]
         return int.from_bytes(read(pa, 8), "little")
 
@@ -176,7 +176,7 @@ def contiguous_pages(memory: PhysicalMemory, end: Walk, address: int, length: in
     """
     index = end.item_pa >> 3 & 511
     wanted = min((address & 4095) + length + 4095 >> 12, 512 - index)
-    if wanted > 1 and end.item_pa + 8 * wanted <= memory.ram_size:
+    if wanted > 1 and memory.ram_start <= end.item_pa and end.item_pa + 8 * wanted <= memory.ram_end:
         first = end.item_pa >> 3
         words = memory.words
         item = end.item

@@ -62,7 +62,7 @@ class InvalidationQueue:
         base = iqa & regs.ADDRESS_MASK
         memory = self._unit.memory
         words = memory.words
-        in_ram = base + size <= memory.ram_size
+        in_ram = memory.ram_start <= base and base + size <= memory.ram_end
         wide = step == 32
         execute = self._execute
         while head != tail:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fakedev.pci import PciFunction
+from kernel_model.iommu.arm_smmu_v3.device import SmmuDevice
+from kernel_model.iommu.arm_smmu_v3.iommu import ArmSmmuV3
 from kernel_model.iommu.core import (
     IOMMU_DOMAIN_DMA,
     IOMMU_RESV_DIRECT,
@@ -48,7 +50,20 @@ def _probe_intel(kernel: Kernel) -> dict[int, IommuDriver]:
     return found
 
 
-_PROBES: list[Probe] = [_probe_intel]
+def _probe_smmu(kernel: Kernel) -> dict[int, IommuDriver]:
+    found: dict[int, IommuDriver] = {}
+    units: dict[int, SmmuDevice] = {}
+    for base, rids in kernel.machine.smmu_units:
+        unit = units[base] = SmmuDevice(kernel.machine, kernel.pages, base)
+        found.update(dict.fromkeys(rids, ArmSmmuV3(unit, kernel.machine.root)))
+    if units:
+        kernel.machine.wired_sink = lambda base, name: units[base].interrupt(name)
+    for unit in units.values():
+        unit.reset()
+    return found
+
+
+_PROBES: list[Probe] = [_probe_intel, _probe_smmu]
 
 
 def attach_drivers(kernel: Kernel) -> list[Device]:

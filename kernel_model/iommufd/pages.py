@@ -325,7 +325,7 @@ class UserPages(Pages):
         if mm.buffers is not None and mm.buffers.find(start, length) is not None:
             mm.buffers.pin(start, length)
             self.hold(lambda: mm.buffers.unpin(start, length))  # type: ignore[union-attr]
-            return [(mm.window | start, last - first + 1)]
+            return mm.runs(start, length)
         if self.kernel.maps_device(self.process, start, length):
             raise KernelError(errno.EFAULT, f"{start:#x} maps device memory")
         runs: Runs = []
@@ -335,10 +335,12 @@ class UserPages(Pages):
             if vma.start > position or not (vma.write if self.writable else vma.read):
                 break
             stop = min(vma.end, end)
-            place = self._physical(vma, position)
-            if place == mm.window | position:
+            place = self._shared(vma, position)
+            if place is None:
                 private.append((position, stop - position))
-            runs.append((place, (stop - position) >> PAGE_SHIFT))
+                runs += mm.runs(position, stop - position)
+            else:
+                runs.append((place, (stop - position) >> PAGE_SHIFT))
             position = stop
         if position < end:
             raise KernelError(
@@ -349,7 +351,8 @@ class UserPages(Pages):
                 self.hold(mm.pin(*piece))
         return _join(runs)
 
-    def _physical(self, vma: Vma, address: int) -> int:
+    def _shared(self, vma: Vma, address: int) -> int | None:
+        """Where a page of a shared file is; None for one of the process's own."""
         if vma.shared and vma.inode:
             fd = self._open_mapped(vma)
             if fd is not None:
@@ -360,7 +363,7 @@ class UserPages(Pages):
                 file = self.kernel.shared_files.get(key, fd, vma.offset + vma.end - vma.start)
                 self.hold(lambda: self.kernel.shared_files.put(file))
                 return file.window + vma.offset + (address - vma.start)
-        return self.process.mm.window | address
+        return None
 
     def _open_mapped(self, vma: Vma) -> int | None:
         """A descriptor of the model's own for the file behind a mapping; None where the host allows none."""

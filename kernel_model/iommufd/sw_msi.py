@@ -4,7 +4,7 @@ Where an MSI is a write that the IOMMU translates (Arm, virtio-iommu; not x86), 
 into every domain of a device that raises interrupts. The IOVA is the same for a whole context: each page gets the next
 one of the devices' region of type SW_MSI, and a domain gets the pages that its group needs when it is attached.
 
-No machine of the model has such a region, so nothing calls `core.dma_prepare_msi` yet but tests.
+The interrupt controller's driver asks by `core.dma_prepare_msi` (kernel_model/irq.py).
 """
 
 from __future__ import annotations

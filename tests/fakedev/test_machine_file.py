@@ -41,7 +41,7 @@ def written(tmp_path):
 def test_the_example_of_the_page_is_a_machine(written):
     (text,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     box = written(text)
-    assert (box.name, box.memory.ram_size) == ("lab", 512 << 20)
+    assert (box.name, box.memory.ram_end) == ("lab", 512 << 20)
     assert [function.address for function in box.functions] == [
         "0000:00:01.0",
         "0000:00:10.0",
@@ -56,7 +56,7 @@ def test_the_example_of_the_page_is_a_machine(written):
 
 def test_an_empty_file_is_memory_and_nothing_else(written):
     box = written("")
-    assert (box.name, box.functions, box.units, box.memory.ram_size) == ("lab", [], [], 2 << 30)
+    assert (box.name, box.functions, box.units, box.memory.ram_end) == ("lab", [], [], 2 << 30)
 
 
 def test_registers_get_places_that_do_not_overlap(written):

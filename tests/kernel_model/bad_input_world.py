@@ -488,7 +488,8 @@ class World:
             "shared files": len(kernel.shared_files),
             "pinned buffers": sum(buffer.pins for buffer in kernel._buffers._buffers),
             "processes": len(kernel._processes),
-            "windows": len(kernel.memory._windows),
+            # But for the places of clients, which are made at first use and kept.
+            "windows": len(kernel.memory._windows) - sum(len(one.mm.places) for one in kernel.processes()),
             "owned groups": sum(group.owner is not None for group in groups.values()),
             "attached groups": sum(len(group.pasid_array) for group in groups.values()),
             "foreign domains": sum(group.domain is not group.default_domain for group in groups.values()),

@@ -20,7 +20,7 @@ def pinned(kernel: Kernel, address: int, length: int) -> UserPages:
 def test_buffer_that_is_closed_while_pinned_stays_until_it_is_unpinned(kernel: Kernel) -> None:
     buffer = kernel.buffer(2 * PAGE)
     pages = pinned(kernel, buffer.address, 2 * PAGE)
-    where = kernel.process.mm.window | buffer.address
+    where = kernel.process.mm.physical(buffer.address)
     buffer.close()
     with pytest.raises(ValueError, match="closed"):
         _ = buffer.view
@@ -59,7 +59,7 @@ def test_small_buffer_is_kept_with_its_whole_page(kernel: Kernel) -> None:
     assert len(buffer.view) == 100
     pages = pinned(kernel, buffer.address, PAGE)
     buffer.close()
-    where = kernel.process.mm.window | buffer.address
+    where = kernel.process.mm.physical(buffer.address)
     kernel.memory.write(where + 90, b"x" * 100)
     assert kernel.memory.read(where + 90, 100) == b"x" * 100
     pages.unpin(0, 0)
@@ -83,7 +83,7 @@ def test_dma_to_memory_that_is_gone_aborts(kernel: Kernel) -> None:
     with kernel.spawn() as client:
         address = client.allocate(2 * PAGE)
         mm = kernel._processes[client.pid].mm
-        where = mm.window | address
+        where = mm.physical(address)
         kernel.memory.write(where, b"to the client")
         assert client.peek(address, 6) == b"to the"
         client.free(address, 2 * PAGE)

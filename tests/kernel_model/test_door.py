@@ -474,16 +474,17 @@ def test_window_of_a_dead_process_is_not_used_again_while_pinned() -> None:
         process = kernel._processes[client.pid]
         pages = UserPages(kernel, process, client.allocate(PAGE), PAGE, True)
         pages.pin(0, 0)
+        places = set(process.mm.places.values())
         client.exit()
-        # Of the fifteen windows one is this process's, and one the dead one's.
+        # Of the fifteen address spaces one is this process's, and one the dead one's.
         others = [kernel.spawn() for _ in range(13)]
-        assert process.mm.window not in [one.mm.window for one in kernel._processes.values()]
+        assert places == set(process.mm.places.values())
         with refused(errno.EAGAIN):
             kernel.spawn()
         pages.unpin(0, 0)
         pages.put()
         others.append(kernel.spawn())
-        assert process.mm.window in [one.mm.window for one in kernel._processes.values()]
+        assert places == {others[-1]._process.mm.physical(0)}
         for other in others:
             other.exit()
 

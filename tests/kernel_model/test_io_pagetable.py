@@ -26,7 +26,7 @@ class Accounts:
     """As much of a kernel as pins see."""
 
     def __init__(self) -> None:
-        self.process = Process(1, Mm(1, 1), False, Credentials())
+        self.process = Process(1, Mm(1), False, Credentials())
         self._user = User(0)
 
     def user(self, uid: int) -> User:

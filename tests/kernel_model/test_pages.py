@@ -62,7 +62,7 @@ class FakePages(Pages):
 
 
 def client(memlock: int = 1 << 40) -> Process:
-    return Process(1, Mm(1, 1), False, Credentials(1000, 0, memlock))
+    return Process(1, Mm(1), False, Credentials(1000, 0, memlock))
 
 
 def flat(runs: Runs) -> list[int]:
@@ -127,7 +127,7 @@ def test_pages_freed_while_pinned_are_a_bug() -> None:
 
 
 def test_process_with_cap_ipc_lock_pays_in_vmpin_alone() -> None:
-    process = Process(1, Mm(1, 1), False, Credentials(1000, 1 << 14, 0))
+    process = Process(1, Mm(1), False, Credentials(1000, 1 << 14, 0))
     pages = FakePages(process, [1, 2])
     pages.pin(0, 1)
     assert (process.mm.pinned_vm, process.mm.locked_vm, pages.kernel.user(1000).locked_vm) == (2, 0, 0)
@@ -161,7 +161,7 @@ def test_physical_address_is_the_window_with_the_virtual_address(kernel: Kernel)
         address = address_in(memory)
         pages = user_pages(kernel, address + 100, PAGE)
         (where, npages), *more = pages.pin(0, 1)
-        assert (where, npages, more) == (kernel.process.mm.window | address, 2, [])
+        assert (where, npages, more) == (kernel.process.mm.physical(address), 2, [])
         memory[100:104] = b"here"
         assert kernel.memory.read(where + 100, 4) == b"here"
         pages.unpin(0, 1)

@@ -31,7 +31,7 @@ def refused(number: int) -> Any:
 
 @pytest.fixture
 def mm() -> Mm:
-    return Mm(os.getpid(), 1)
+    return Mm(os.getpid())
 
 
 def test_memory_is_read_and_written_up_to_a_hole_and_not_beyond(mm: Mm) -> None:
@@ -87,7 +87,7 @@ def test_both_ways_to_ask_for_mappings_say_the_same(mm: Mm) -> None:
 
 
 def test_process_that_is_gone_has_no_mappings() -> None:
-    mm = Mm(0x7FFFFFFF, 1)
+    mm = Mm(0x7FFFFFFF)
     assert mm.vmas(0, 1 << 47) == []
     with refused(errno.EFAULT):
         mm.read(PAGE, 1)

@@ -38,7 +38,7 @@ def test_exactly_the_pinned_pages_are_kept(
         kept = {page for first, count in pinned[dropped:] for page in range(first, first + count)}
         client.exit()
         for first, count in asked:
-            at = mm.window | base + first * PAGE
+            at = mm.physical(base + first * PAGE)
             if kept.issuperset(range(first, first + count)):
                 assert kernel.memory.read(at, count * PAGE) == content(first, count)
                 kernel.memory.write(at + 1, content(first, count)[1:])
@@ -60,11 +60,11 @@ def test_large_ranges_and_holes_in_them() -> None:
         mm.pin(base, 2 * LARGE)
         client.free(base + 5 * PAGE, PAGE)
         client.exit()
-        assert kernel.memory.read(mm.window | base + LARGE - 2, 6) == b"across"
-        assert kernel.memory.read(mm.window | base + 6 * PAGE, 2 * LARGE - 6 * PAGE).strip(b"\0") == b"across"
+        assert kernel.memory.read(mm.physical(base + LARGE - 2), 6) == b"across"
+        assert kernel.memory.read(mm.physical(base + 6 * PAGE), 2 * LARGE - 6 * PAGE).strip(b"\0") == b"across"
         for address in (base + 5 * PAGE, base + 5 * PAGE - 1):
             with pytest.raises(BusAbort):
-                kernel.memory.read(mm.window | address, 2)
+                kernel.memory.read(mm.physical(address), 2)
 
 
 def test_window_is_given_away_when_nothing_is_pinned_in_it() -> None:

@@ -16,7 +16,7 @@ from kernel_model.vfs import FileSystem
 
 
 def caller(kernel: Kernel, uid: int = 0, capabilities: int = 0) -> SystemCall:
-    return SystemCall(kernel, Process(1, Mm(1, 1), False, Credentials(uid, capabilities)))
+    return SystemCall(kernel, Process(1, Mm(1), False, Credentials(uid, capabilities)))
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ class World:
         self.box = box
         self.pages = PageAllocator(box.memory)
         kernel = types.SimpleNamespace(
-            machine=box, pages=self.pages, interrupts=Interrupts(box.root), files=FileSystem(), release="7.3"
+            machine=box, pages=self.pages, interrupts=Interrupts(box), files=FileSystem(), release="7.3"
         )
         self.files = kernel.files
         self.devices = {device.name: device for device in attach_drivers(kernel)}
