@@ -1,33 +1,62 @@
-"""QEMU's Arm board `virt` with `iommu=smmuv3`, as Linux sees it: an SMMUv3, a GIC with a translation service for MSIs.
+"""QEMU's Arm board `virt` with `iommu=smmuv3`, as Linux sees it: an SMMUv3, and a GIC whose translation service (ITS)
+takes MSIs.
 
-The registers of the SMMU say what QEMU 10.0.2's say. RAM starts at 1 GiB; below it are registers. Functions are at the
-same addresses with the same ids and BARs as in `iommulab conformance --on vm`; only `edu` does anything.
+Functions of `virt-smmuv3` are at the same addresses with the same ids and BARs as in `iommulab conformance --on vm`,
+and the registers of its SMMU say what QEMU 10.0.2's say; only `edu` does anything. `virt-smmuv3-max` is the same board
+with an SMMU that has everything that `fakedev/smmuv3` has, and with a DMA engine that has PASIDs, ATS and PRI; no QEMU
+is like it. RAM starts at 1 GiB; below it are registers, and from 512 GiB on BARs of 64 bits.
 """
 
 from __future__ import annotations
 
+from fakedev.endpoints.dsa import MMIO_SIZE, Dsa
 from fakedev.endpoints.edu import Edu
 from fakedev.machine import SMMU_BASE, Machine
 from fakedev.memory import PhysicalMemory
-from fakedev.pci import PciFunction
+from fakedev.pci import IO, MEM32, MEM64, Bar, PciFunction
 from fakedev.smmuv3.regs import QEMU_VIRT, Features
 
 #: Where the board has its RAM, and its interrupt translation service.
 RAM_START, RAM_SIZE = 0x4000_0000, 0x4000_0000
 ITS_BASE = 0x0808_0000
+_BARS, _BARS_64 = 0x1000_0000, 0x80_0000_0000
+#: An SMMU with everything.
+EVERYTHING = Features(sev=True, small_tables=True)
 
 
-def _board(name: str, features: Features) -> Machine:
-    memory = PhysicalMemory(RAM_SIZE, RAM_START, address_bits=features.oas)
-    return Machine(name, memory, its=ITS_BASE)
+def _virtio(slot: int, device_id: int, class_code: int, ports: int, port_size: int) -> PciFunction:
+    """An inert virtio function as the guest has it."""
+    return PciFunction(
+        f"0000:00:{slot:02x}.0",
+        (0x1AF4, device_id),
+        class_code,
+        subsystem=(0x1AF4, device_id - 0x1000),
+        bars=[Bar(port_size, IO), Bar(0x1000, MEM32), None, None, Bar(0x4000, MEM64, prefetchable=True)],
+        addresses=[ports, _BARS + 0x10_0000 + 0x1000 * (slot - 1), 0, 0, _BARS_64 + 0x4000 * (slot - 1)],
+        interrupt_pin=1,
+        command=0x407,
+    )
 
 
 def virt_smmuv3() -> Machine:
-    box = _board("virt-smmuv3", QEMU_VIRT)
-    unit = box.add_smmu(SMMU_BASE, QEMU_VIRT)
+    return _board("virt-smmuv3", QEMU_VIRT)
+
+
+def virt_smmuv3_max() -> Machine:
+    portals = _BARS_64 + 0x10_0000
+    return _board("virt-smmuv3-max", EVERYTHING, Dsa("0000:00:11.0", portals - MMIO_SIZE, portals))
+
+
+def _board(name: str, features: Features, *more: PciFunction) -> Machine:
+    memory = PhysicalMemory(RAM_SIZE, RAM_START, address_bits=features.oas)
+    box = Machine(name, memory, its=ITS_BASE)
+    unit = box.add_smmu(SMMU_BASE, features)
     functions = [
         PciFunction("0000:00:00.0", (0x1B36, 0x0008), 0x060000, subsystem=(0x1AF4, 0x1100)),
-        Edu("0000:00:10.0", bar_address=0x1010_0000),
+        *(_virtio(slot, 0x1009, 0x000200, 0x1040 + 0x20 * (slot - 1), 32) for slot in (1, 2, 3)),
+        _virtio(4, 0x1003, 0x078000, 0x1000, 64),
+        Edu("0000:00:10.0", bar_address=_BARS),
+        *more,
     ]
     for function in functions:
         box.add(function, unit)
