@@ -2,7 +2,8 @@
 
 Mirrors PCI Express Base 6.0, chapter 10. An `AtsPort` stands before a function's `DmaPort` and has the same `read` and
 `write`. While ATS is off it passes requests on; while it is on it asks for translations, keeps them until an
-invalidation request names them, and sends translated requests. So what software forgets to invalidate is used on.
+invalidation request names them, and sends translated requests, which carry no PASID (10.2.3 lets them only where a
+control bit allows it, which these functions do not have). So what software forgets to invalidate is used on.
 
 A page that the translation agent says is not accessible is a page fault of the device: with the page request
 interface on and `block` asked for, the request is `Parked` until the response; else it is a `PageFault`, which a device
@@ -264,7 +265,7 @@ class AtsPort:
                 parts.append(dma.read(address, size, pasid, access & PRIVILEGED != 0, access & EXECUTE != 0))
             else:
                 pa = found.pa + address - found.start
-                parts.append(self._function.dma.read_translated(pa, size, pasid, access))
+                parts.append(self._function.dma.read_translated(pa, size))
             address += size
         return b"".join(parts)
 
@@ -293,7 +294,7 @@ class AtsPort:
             if found.untranslated:
                 dma.write(address, piece, pasid, access & PRIVILEGED != 0)
             else:
-                dma.write_translated(found.pa + address - found.start, piece, pasid, access)
+                dma.write_translated(found.pa + address - found.start, piece)
             done += size
             address += size
 

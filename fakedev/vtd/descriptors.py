@@ -112,15 +112,15 @@ def device_tlb_range(address: int, has_size: bool) -> tuple[int, int]:
 
 
 def device_tlb(sid: int, pfsid: int, address: int, mask: int, pending: int = 0) -> tuple[int, int]:
-    """Have a device forget 1 << mask pages that it uses without a PASID. `pending`: how many it can hold at once."""
-    low = _pfsid(pfsid) | sid << DIOTLB_SID_SHIFT | pending << DIOTLB_MIP_SHIFT | DIOTLB_TYPE
+    """Have a device forget 1 << mask pages that it uses without a PASID. `pending`: how many it holds at once (32)."""
+    low = _pfsid(pfsid) | sid << DIOTLB_SID_SHIFT | (pending & 0x1F) << DIOTLB_MIP_SHIFT | DIOTLB_TYPE
     return low, sized(address, mask, DIOTLB_S)
 
 
 def pasid_device_tlb(sid: int, pfsid: int, pasid: int, address: int, mask: int, pending: int = 0) -> tuple[int, int]:
     """Have a device forget 1 << mask pages that it uses with a PASID."""
-    low = _pfsid(pfsid) | pasid << PASID_SHIFT | sid << PDIOTLB_SID_SHIFT | pending << PDIOTLB_MIP_SHIFT | PDIOTLB_TYPE
-    return low, sized(address, mask, PDIOTLB_S)
+    low = _pfsid(pfsid) | pasid << PASID_SHIFT | sid << PDIOTLB_SID_SHIFT | PDIOTLB_TYPE
+    return low | (pending & 0x1F) << PDIOTLB_MIP_SHIFT, sized(address, mask, PDIOTLB_S)
 
 
 def _pfsid(pfsid: int) -> int:

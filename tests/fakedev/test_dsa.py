@@ -279,7 +279,7 @@ def test_a_dedicated_queue_uses_its_own_pasid(bench):
     bench.queue(pasid=5)
     bench.submit(dsa.OP_MEMFILL, 0x2A, DST, 1, pasid=9)
     assert bench.record()[0] == dsa.COMP_SUCCESS
-    assert {pasid for _, pasid, _, _ in bench.agent.seen} == {5}
+    assert {(kind, pasid) for kind, pasid, *_ in bench.agent.seen} == {("translation request", 5), ("translated", -1)}
 
 
 def test_a_shared_queue_uses_the_pasid_of_the_descriptor(bench):
@@ -288,7 +288,7 @@ def test_a_shared_queue_uses_the_pasid_of_the_descriptor(bench):
     bench.queue(mode=0, pasid=0)
     bench.submit(dsa.OP_MEMFILL, 0x2A, DST, 1, pasid=9)
     assert bench.record()[0] == dsa.COMP_SUCCESS
-    assert {pasid for _, pasid, _, _ in bench.agent.seen} == {9}
+    assert {(kind, pasid) for kind, pasid, *_ in bench.agent.seen} == {("translation request", 9), ("translated", -1)}
 
 
 def test_a_read_only_page_of_a_pasid_is_not_written(bench):
