@@ -11,12 +11,23 @@ import os
 import re
 from collections.abc import Callable
 
+from conformance.drivers.vfio import VfioDevice
+from conformance.dsa_offers import DSA_PROBES
 from uapi import iommufd_test as abi
-from uapi.backend import DEV_IOMMU, Backend
+from uapi.backend import DEV_IOMMU, Backend, File
 from uapi.behaviours import BY_ID
-from uapi.iommufd import IOMMU_IOAS_ALLOC
+from uapi.iommufd import (
+    IOMMU_GET_HW_INFO,
+    IOMMU_HW_CAP_DIRTY_TRACKING,
+    IOMMU_HW_INFO_TYPE_ARM_SMMUV3,
+    IOMMU_HW_INFO_TYPE_INTEL_VTD,
+    IOMMU_HWPT_ALLOC,
+    IOMMU_HWPT_ALLOC_NEST_PARENT,
+    IOMMU_IOAS_ALLOC,
+)
 from uapi.iommufd_test import IOMMU_TEST_CMD
 from uapi.version import includes
+from uapi.vfio import VFIO_DEVICE_BIND_IOMMUFD
 
 #: QEMU's educational device, the DMA engine that the suite drives.
 EDU = ("0x1234", "0x11e8")
@@ -117,6 +128,47 @@ def _vfio_cdev(backend: Backend) -> str | None:
     return None
 
 
+def bound(backend: Backend, ask: Callable[[File, int], str | None]) -> str | None:
+    """The answer of `ask(iommu, dev_id)` for the first edu device, bound for the length of the question."""
+    if (missing := _vfio_cdev(backend) or _iommu(backend)) is not None:
+        return missing
+    with VfioDevice(backend, str(find_edu(backend))) as device, backend.open(DEV_IOMMU) as iommu:
+        try:
+            return ask(iommu, VFIO_DEVICE_BIND_IOMMUFD(device.file, iommufd=iommu.fileno()).out_devid)
+        except OSError as error:
+            return f"the edu device does not bind ({errno.errorcode.get(error.errno or 0, error.errno)})"
+
+
+def _hw_info_type(wanted: int, name: str) -> Callable[[Backend], str | None]:
+    def probe(backend: Backend) -> str | None:
+        def ask(iommu: File, dev_id: int) -> str | None:
+            return None if IOMMU_GET_HW_INFO(iommu, dev_id=dev_id).out_data_type == wanted else f"no {name}"
+
+        return bound(backend, ask)
+
+    return probe
+
+
+def _nesting(backend: Backend) -> str | None:
+    def ask(iommu: File, dev_id: int) -> str | None:
+        ioas = IOMMU_IOAS_ALLOC(iommu).out_ioas_id
+        try:
+            IOMMU_HWPT_ALLOC(iommu, dev_id=dev_id, pt_id=ioas, flags=IOMMU_HWPT_ALLOC_NEST_PARENT)
+        except OSError:
+            return "the IOMMU has no nested translation"
+        return None
+
+    return bound(backend, ask)
+
+
+def _dirty(backend: Backend) -> str | None:
+    def ask(iommu: File, dev_id: int) -> str | None:
+        capable = IOMMU_GET_HW_INFO(iommu, dev_id=dev_id).out_capabilities & IOMMU_HW_CAP_DIRTY_TRACKING
+        return None if capable else "the IOMMU has no dirty tracking"
+
+    return bound(backend, ask)
+
+
 def _edu_pair(backend: Backend) -> str | None:
     if (missing := _vfio_cdev(backend)) is not None:
         return missing
@@ -198,11 +250,16 @@ PROBES: dict[str, Callable[[Backend], str | None]] = {
     "dma_device": _dma_device,
     "vfio_cdev": _vfio_cdev,
     "edu_pair": _edu_pair,
+    "smmuv3": _hw_info_type(IOMMU_HW_INFO_TYPE_ARM_SMMUV3, "SMMUv3"),
+    "vtd": _hw_info_type(IOMMU_HW_INFO_TYPE_INTEL_VTD, "VT-d"),
+    "nesting": _nesting,
+    "dirty": _dirty,
     "noiommu": _noiommu,
     "huge_pages": _huge_pages,
     "memfd": _memfd,
     "hugetlb_memfd": _hugetlb_memfd,
     "fail_nth": _fail_nth,
+    **DSA_PROBES,
 }
 
 

@@ -158,6 +158,12 @@ def pasid_features(function: PciFunction) -> int:
     return function.config_read(at + PCI_PASID_CAP, 2) & (PCI_PASID_EXEC | PCI_PASID_PRIV)
 
 
+def pasid_status(function: PciFunction) -> int:
+    """What is on: PCI_PASID_CTRL_ENABLE, PCI_PASID_EXEC, PCI_PASID_PRIV. EINVAL: it has no PASIDs."""
+    at = _need(function, PCI_EXT_CAP_ID_PASID, "PASIDs")
+    return function.config_read(at + PCI_PASID_CTRL, 2) & (PCI_PASID_CTRL_ENABLE | PCI_PASID_EXEC | PCI_PASID_PRIV)
+
+
 def pasid_enabled(function: PciFunction) -> bool:
     return bool(_control(function, PCI_EXT_CAP_ID_PASID, PCI_PASID_CTRL) & PCI_PASID_CTRL_ENABLE)
 

@@ -10,13 +10,24 @@ from collections.abc import Iterator
 
 import pytest
 
+from conformance.drivers.dsa import Dsa
 from conformance.drivers.edu import Edu, edu_functions
 from conformance.drivers.vfio import VfioDevice, take
+from conformance.dsa_offers import (
+    Ask,
+    find_dsa,
+    lacks_ats,
+    lacks_page_requests,
+    lacks_pasids,
+    lacks_stalls,
+    lacks_waiting,
+)
 from conformance.steps import ioas_alloc
 from uapi.backend import Backend, File
 
 #: Where the first edu device is, by kernel: the walk through sysfs costs more than a bind.
 _address: dict[tuple[str, str], str] = {}
+_dsa_address: dict[tuple[str, str, Ask], str] = {}
 
 
 @pytest.fixture
@@ -60,3 +71,52 @@ def edu(device: VfioDevice, ioas: int) -> Iterator[Edu]:
     driver = Edu(device)
     yield driver
     driver.remove()
+
+
+def _dsa(kernel: Backend, iommu: File, ask: Ask) -> Iterator[Dsa]:
+    """The driver of the first DSA that lacks nothing, bound to `iommu` with object id 1, attached to nothing."""
+    inner = getattr(kernel, "inner", kernel)
+    key = (kernel.name, kernel.release, ask)
+    if key not in _dsa_address:
+        address, missing = find_dsa(inner, ask)
+        if address is None:
+            pytest.skip(missing)
+        _dsa_address[key] = address
+    address = _dsa_address[key]
+    take(inner, address)
+    with VfioDevice(kernel, address) as device:
+        device.bind(iommu)
+        driver = Dsa(device)
+        yield driver
+        if not driver.closed:
+            driver.remove()
+
+
+@pytest.fixture
+def dsa(kernel: Backend, iommu: File) -> Iterator[Dsa]:
+    """A DSA with PASIDs."""
+    yield from _dsa(kernel, iommu, lacks_pasids)
+
+
+@pytest.fixture
+def ats_dsa(kernel: Backend, iommu: File) -> Iterator[Dsa]:
+    """One that has ATS."""
+    yield from _dsa(kernel, iommu, lacks_ats)
+
+
+@pytest.fixture
+def stalling_dsa(kernel: Backend, iommu: File) -> Iterator[Dsa]:
+    """One whose requests an SMMUv3 lets wait."""
+    yield from _dsa(kernel, iommu, lacks_stalls)
+
+
+@pytest.fixture
+def asking_dsa(kernel: Backend, iommu: File) -> Iterator[Dsa]:
+    """One whose page requests reach its client."""
+    yield from _dsa(kernel, iommu, lacks_page_requests)
+
+
+@pytest.fixture
+def waiting_dsa(kernel: Backend, iommu: File) -> Iterator[Dsa]:
+    """One whose requests wait for its client, whichever way."""
+    yield from _dsa(kernel, iommu, lacks_waiting)

@@ -14,8 +14,10 @@ from types import TracebackType
 from uapi.backend import Backend, File, Mapping
 from uapi.vfio import (
     VFIO_DEVICE_ATTACH_IOMMUFD_PT,
+    VFIO_DEVICE_ATTACH_PASID,
     VFIO_DEVICE_BIND_IOMMUFD,
     VFIO_DEVICE_DETACH_IOMMUFD_PT,
+    VFIO_DEVICE_DETACH_PASID,
     VFIO_DEVICE_GET_INFO,
     VFIO_DEVICE_GET_IRQ_INFO,
     VFIO_DEVICE_GET_REGION_INFO,
@@ -127,6 +129,14 @@ class VfioDevice:
 
     def detach(self) -> None:
         VFIO_DEVICE_DETACH_IOMMUFD_PT(self.file)
+
+    def attach_pasid(self, pasid: int, pt_id: int) -> int:
+        """ATTACH of one PASID to a HWPT (a replacement if it is attached): the id of the HWPT."""
+        reply = VFIO_DEVICE_ATTACH_IOMMUFD_PT(self.file, flags=VFIO_DEVICE_ATTACH_PASID, pasid=pasid, pt_id=pt_id)
+        return reply.pt_id
+
+    def detach_pasid(self, pasid: int) -> None:
+        VFIO_DEVICE_DETACH_IOMMUFD_PT(self.file, flags=VFIO_DEVICE_DETACH_PASID, pasid=pasid)
 
     def info(self) -> vfio_device_info:
         return VFIO_DEVICE_GET_INFO(self.file)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from fakedev.pcie import PCI_PASID_EXEC, PCI_PASID_PRIV
+from kernel_model import pci_ats
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.fault_injection import injecting, kmalloc
 from kernel_model.interval import U64_MAX
@@ -20,6 +22,8 @@ from uapi.iommufd import (
     IOMMU_GET_HW_INFO,
     IOMMU_HW_CAP_DIRTY_TRACKING,
     IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED,
+    IOMMU_HW_CAP_PCI_PASID_EXEC,
+    IOMMU_HW_CAP_PCI_PASID_PRIV,
     IOMMU_HW_INFO_FLAG_INPUT_TYPE,
     IOMMU_HW_INFO_TYPE_DEFAULT,
     iommu_hw_info,
@@ -172,7 +176,12 @@ def device_unbind(idev: IommufdDevice) -> bool:
     return True
 
 
-_CAPABILITIES = ("IOMMU_HW_CAP_DIRTY_TRACKING", "IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED")
+_CAPABILITIES = (
+    "IOMMU_HW_CAP_DIRTY_TRACKING",
+    "IOMMU_HW_CAP_PCI_PASID_EXEC",
+    "IOMMU_HW_CAP_PCI_PASID_PRIV",
+    "IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED",
+)
 
 
 @table.handles(IOMMU_GET_HW_INFO)
@@ -210,7 +219,11 @@ def get_hw_info(ucmd: UserCommand[Context, iommu_hw_info]) -> None:
         cmd.out_capabilities |= IOMMU_HW_CAP_DIRTY_TRACKING
     if not driver.capable(idev.dev, core.IOMMU_CAP_PCI_ATS_SUPPORTED):
         cmd.out_capabilities |= IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED
-    cmd.out_capabilities &= profile.mask(*_CAPABILITIES)
     pasids = driver.max_pasids(idev.dev)
+    if pasids and idev.dev.pci is not None:
+        control = pci_ats.pasid_status(idev.dev.pci)
+        cmd.out_capabilities |= IOMMU_HW_CAP_PCI_PASID_EXEC if control & PCI_PASID_EXEC else 0
+        cmd.out_capabilities |= IOMMU_HW_CAP_PCI_PASID_PRIV if control & PCI_PASID_PRIV else 0
+    cmd.out_capabilities &= profile.mask(*_CAPABILITIES)
     cmd.out_max_pasid_log2 = pasids.bit_length() - 1 if pasids else 0
     ucmd.respond()
