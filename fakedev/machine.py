@@ -16,6 +16,9 @@ from fakedev.vtd.unit import VtdUnit
 #: Of QEMU 10's intel-iommu with aw-bits=48, caching-mode=on, x-scalable-mode=off, intremap=on.
 VTD_LEGACY_CAP = 0x00D2_008C_222F_0686
 VTD_LEGACY_ECAP = 0x0000_0000_00F0_0F4A
+#: The same with x-scalable-mode=on, which has a second stage only; and with x-flts=on, a first stage only.
+VTD_SCALABLE_CAP, VTD_SCALABLE_ECAP = 0x00D2_008C_222F_0686, 0x0000_4800_80F0_0F4A
+VTD_FIRST_STAGE_CAP, VTD_FIRST_STAGE_ECAP = 0x01D2_008C_222F_0686, 0x0000_8800_00F0_0F4A
 VTD_BASE = 0xFED9_0000
 #: Where QEMU's `virt` machine has its SMMU.
 SMMU_BASE = 0x0905_0000
@@ -52,8 +55,9 @@ class Machine:
     """A box: `memory`, `mmio`, `root` (the PCI functions), and what the firmware tells about its VT-d units.
 
     A kernel finds functions in `functions` (by address, ascending) and units in `vtd_units` ([(register base, rids)],
-    the DMAR table) and `smmu_units` (the same, of the IORT table). `last_faults` holds the last refused DMAs in words,
-    newest last.
+    the DMAR table) and `smmu_units` (the same, of the IORT table); `reserved_memory` ([(start, last, rids)], the
+    DMAR table's RMRRs) is what the firmware does DMA to by itself; `atsr_all_ports` lets what is behind any root port
+    use ATS. `last_faults` holds the last refused DMAs in words, newest last.
     """
 
     def __init__(
@@ -80,6 +84,8 @@ class Machine:
         self.units: list[VtdUnit | SmmuV3] = []
         self.vtd_units: list[tuple[int, list[int]]] = []
         self.smmu_units: list[tuple[int, list[int]]] = []
+        self.reserved_memory: list[tuple[int, int, list[int]]] = []
+        self.atsr_all_ports = False
         self._behind: dict[VtdUnit | SmmuV3, list[int]] = {}
         #: By request id, the properties that the firmware gives a function: "dma-can-stall".
         self.properties: dict[int, frozenset[str]] = {}

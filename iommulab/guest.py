@@ -44,6 +44,17 @@ MACHINES = {
         "-device intel-iommu,intremap=on,caching-mode=on,{scalable}=off,aw-bits=48 "
         "-device edu,addr=0x10,dma_mask=0xffffffffffffffff"
     ),
+    # Scalable mode, with a second stage; with a first stage instead of it.
+    "q35-vtd": (
+        "-machine q35,kernel-irqchip=split "
+        "-device intel-iommu,intremap=on,caching-mode=on,{scalable}=on,aw-bits=48 "
+        "-device edu,addr=0x10,dma_mask=0xffffffffffffffff"
+    ),
+    "q35-vtd-fs": (
+        "-machine q35,kernel-irqchip=split "
+        "-device intel-iommu,intremap=on,caching-mode=on,{scalable}=on,x-flts=on,aw-bits=48 "
+        "-device edu,addr=0x10,dma_mask=0xffffffffffffffff"
+    ),
     # Two functions that no access control keeps apart: one IOMMU group.
     "q35-vtd-multifunction": (
         "-machine q35,kernel-irqchip=split "

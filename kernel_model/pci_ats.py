@@ -12,6 +12,8 @@ from fakedev.pci import PCI_EXT_CAP_START, PciFunction, RootComplex
 from fakedev.pcie import (
     PCI_ACS_RR,
     PCI_ACS_UF,
+    PCI_ATS_CAP,
+    PCI_ATS_CAP_PAGE_ALIGNED,
     PCI_ATS_CTRL,
     PCI_ATS_CTRL_ENABLE,
     PCI_ATS_MIN_STU,
@@ -73,6 +75,17 @@ def _need(function: PciFunction, cap: int, what: str) -> int:
 def ats_supported(function: PciFunction) -> bool:
     """Whether the function has a device TLB."""
     return bool(find_ext_capability(function, PCI_EXT_CAP_ID_ATS))
+
+
+def ats_queue_depth(function: PciFunction) -> int:
+    """How many invalidations the function takes at once, 1 to 32. EINVAL: it has no ATS."""
+    at = _need(function, PCI_EXT_CAP_ID_ATS, "ATS")
+    return function.config_read(at + PCI_ATS_CAP, 2) & 0x1F or 32
+
+
+def ats_page_aligned(function: PciFunction) -> bool:
+    """Whether the function asks for translations of page-aligned addresses only."""
+    return bool(_control(function, PCI_EXT_CAP_ID_ATS, PCI_ATS_CAP) & PCI_ATS_CAP_PAGE_ALIGNED)
 
 
 def ats_enabled(function: PciFunction) -> bool:

@@ -2,14 +2,25 @@
 
 Functions are at the same addresses with the same ids and BARs as in `iommulab conformance --on vm`; only `edu` does
 anything, the others are there so that IOMMU groups have the same numbers. `q35-vtd-legacy` is QEMU with
-`intel-iommu,x-scalable-mode=off` and `edu`; `q35-vtd-multifunction` is the same with two functions of `edu` in one
+`intel-iommu,x-scalable-mode=off` and `edu`, `q35-vtd` the same with scalable mode (a second stage only), `q35-vtd-fs`
+with `x-flts=on` besides (a first stage only); `q35-vtd-multifunction` is the first with two functions of `edu` in one
 slot, which makes them one IOMMU group; `q35-noiommu` has no IOMMU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fakedev.endpoints.edu import Edu
-from fakedev.machine import Machine
+from fakedev.machine import (
+    VTD_FIRST_STAGE_CAP,
+    VTD_FIRST_STAGE_ECAP,
+    VTD_LEGACY_CAP,
+    VTD_LEGACY_ECAP,
+    VTD_SCALABLE_CAP,
+    VTD_SCALABLE_ECAP,
+    Machine,
+)
 from fakedev.pci import IO, MEM32, MEM64, PCI_MULTIFUNCTION, Bar, PciFunction
 
 
@@ -30,8 +41,20 @@ def _virtio(slot: int, device_id: int, class_code: int, line: int) -> PciFunctio
     )
 
 
+def _edu() -> Edu:
+    return Edu("0000:00:10.0", bar_address=0xFEA0_0000, interrupt_line=10, command=0x103)
+
+
 def q35_vtd_legacy() -> Machine:
-    return _q35_vtd("q35-vtd-legacy", [Edu("0000:00:10.0", bar_address=0xFEA0_0000, interrupt_line=10, command=0x103)])
+    return _q35_vtd("q35-vtd-legacy", [_edu()])
+
+
+def q35_vtd() -> Machine:
+    return _q35_vtd("q35-vtd", [_edu()], VTD_SCALABLE_CAP, VTD_SCALABLE_ECAP)
+
+
+def q35_vtd_fs() -> Machine:
+    return _q35_vtd("q35-vtd-fs", [_edu()], VTD_FIRST_STAGE_CAP, VTD_FIRST_STAGE_ECAP)
 
 
 def q35_vtd_multifunction() -> Machine:
@@ -40,9 +63,11 @@ def q35_vtd_multifunction() -> Machine:
     return _q35_vtd("q35-vtd-multifunction", [first, Edu("0000:00:10.1", bar_address=0xFEA0_0000, **settings)])
 
 
-def _q35_vtd(name: str, edus: list[Edu]) -> Machine:
+def _q35_vtd(
+    name: str, devices: Sequence[PciFunction], cap: int = VTD_LEGACY_CAP, ecap: int = VTD_LEGACY_ECAP
+) -> Machine:
     box = Machine(name)
-    unit = box.add_vtd()
+    unit = box.add_vtd(cap=cap, ecap=ecap)
     qemu = (0x1AF4, 0x1100)
     functions = [
         PciFunction("0000:00:00.0", (0x8086, 0x29C0), 0x060000, subsystem=qemu, command=0x103),
@@ -58,7 +83,7 @@ def _q35_vtd(name: str, edus: list[Edu]) -> Machine:
         ),
         _virtio(3, 0x1003, 0x078000, 11),
         *(_virtio(slot, 0x1003, 0x078000, 11 if slot in (6, 7) else 10) for slot in range(4, 9)),
-        *edus,
+        *devices,
         PciFunction(
             "0000:00:1f.0",
             (0x8086, 0x2918),
@@ -103,5 +128,5 @@ def _q35_vtd(name: str, edus: list[Edu]) -> Machine:
 def q35_noiommu() -> Machine:
     """No IOMMU, and VFIO gives its devices away nevertheless."""
     box = Machine("q35-noiommu", kernel_arguments="vfio.enable_unsafe_noiommu_mode=1")
-    box.add(Edu("0000:00:10.0", bar_address=0xFEA0_0000, interrupt_line=10, command=0x103))
+    box.add(_edu())
     return box

@@ -121,7 +121,8 @@ class TableReader:
         )
         did_mask = caps.ndoms - 1
         address = entries.ADDRESS_MASK
-        second = address | entries.PASID_AW_MASK << entries.PASID_AW_SHIFT | entries.PASID_SSADE
+        # The manual reserves AW with it, but Linux sets AW in every entry, and QEMU takes that.
+        second = address | entries.PASID_SSADE
         first = address | entries.FSPM_MASK << entries.FSPM_SHIFT | entries.PASID_WPE
         self._pasid_reserved = (
             entries.PASID_RESERVED_0

@@ -187,6 +187,9 @@ class IommuDriver(ABC):
     def probe_device(self, device: Device, rid: int) -> None:
         """Take on `device`, whose DMA carries the request id `rid`."""
 
+    def probe_finalize(self, device: Device) -> None:  # noqa: B027 - many drivers have nothing left to do
+        """The device is in its default domain: what had to wait for that."""
+
     @abstractmethod
     def capable(self, device: Device, cap: int) -> bool:
         """Whether the IOMMU has capability `cap` (IOMMU_CAP_*) for `device`."""

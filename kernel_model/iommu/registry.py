@@ -16,7 +16,9 @@ from kernel_model.iommu.arm_smmu_v3.iommu import ArmSmmuV3
 from kernel_model.iommu.core import (
     IOMMU_DOMAIN_DMA,
     IOMMU_RESV_DIRECT,
+    IOMMU_RESV_DIRECT_RELAXABLE,
     Device,
+    Domain,
     Group,
     IommuDriver,
     get_resv_regions,
@@ -45,7 +47,7 @@ def _probe_intel(kernel: Kernel) -> dict[int, IommuDriver]:
     for number, (base, rids) in enumerate(kernel.machine.vtd_units):
         unit = IntelUnit(kernel.machine, kernel.pages, base)
         unit.start(kernel.interrupts, _FIRST_FAULT_VECTOR + number)
-        driver = IntelIommu(unit, number, write_only=has(kernel.release, "vtd-write-only"))
+        driver = IntelIommu(unit, kernel.machine, number, write_only=has(kernel.release, "vtd-write-only"))
         found.update(dict.fromkeys(rids, driver))
     return found
 
@@ -104,7 +106,22 @@ def _setup_default_domain(group: Group) -> None:
     domain = paging_domain_alloc(group.devices[0])
     domain.type = IOMMU_DOMAIN_DMA
     group.default_domain = domain
+    for device in group.devices:
+        _create_direct_mappings(domain, device)
     group_set_domain(group, domain)
+    for device in group.devices:
+        if device.iommu is not None:
+            device.iommu.probe_finalize(device)
+
+
+def _create_direct_mappings(domain: Domain, device: Device) -> None:
+    """iommu_create_device_direct_mappings(): what the firmware wants mapped one to one."""
+    page = domain.pgsize_bitmap & -domain.pgsize_bitmap
+    for region in get_resv_regions(device):
+        if region.type in (IOMMU_RESV_DIRECT, IOMMU_RESV_DIRECT_RELAXABLE):
+            for address in range(region.start & -page, region.last + 1, page):
+                if domain.iova_to_phys(address) is None:
+                    domain.map(address, address, page, region.prot)
 
 
 def groups_of(devices: list[Device]) -> list[Group]:

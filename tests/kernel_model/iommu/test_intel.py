@@ -12,7 +12,7 @@ from fakedev.machine import VTD_LEGACY_CAP, VTD_LEGACY_ECAP, Machine
 from fakedev.machines.named import machine
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.iommu import core
-from kernel_model.iommu.intel.iommu import second_stage_width
+from kernel_model.iommu.intel.second_stage import second_stage_width
 from kernel_model.iommu.registry import attach_drivers, groups_of
 from kernel_model.irq import Interrupts
 from kernel_model.page_alloc import PageAllocator
