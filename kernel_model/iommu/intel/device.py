@@ -129,7 +129,7 @@ class DeviceInfo:
         if not self.pri_enabled:
             raise KernelError(errno.ENODEV, f"{self.device.name} makes no page requests")
         if not self.iopf_refcount:
-            iopf_queue_add_device(self.device)
+            iopf_queue_add_device(self.unit.iopf_queue, self.device)
         self.iopf_refcount += 1
 
     def disable_iopf(self) -> None:
@@ -138,7 +138,7 @@ class DeviceInfo:
             raise KernelBug(f"page faults of {self.device.name} are off already")
         self.iopf_refcount -= 1
         if not self.iopf_refcount:
-            iopf_queue_remove_device(self.device)
+            iopf_queue_remove_device(self.unit.iopf_queue, self.device)
 
     def iopf_for_domain_set(self, domain: Domain | None) -> None:
         """Take page faults if `domain` wants them. As `enable_iopf`."""

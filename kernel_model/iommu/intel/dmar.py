@@ -15,6 +15,7 @@ from fakedev.machine import Machine
 from fakedev.vtd import descriptors as qi
 from fakedev.vtd import entries, faults, regs
 from kernel_model.errors import KernelBug
+from kernel_model.iommu.io_pgfault import IopfQueue
 from kernel_model.irq import MSI_ADDRESS, Interrupts
 from kernel_model.page_alloc import PageAllocator
 
@@ -61,7 +62,8 @@ class IntelUnit:
         self.max_pasids = 1 << caps.pasid_bits if self.pasid_supported else 0
         #: Codes of the address widths of its tables: the usual one and the largest.
         self.agaw, self.msagaw = self._agaw(3), self._agaw(4)
-        #: Who takes page requests, where the unit has them.
+        #: Devices that take page faults; and who takes their page requests, where the unit has them.
+        self.iopf_queue = IopfQueue()
         self.prq: PageRequestQueue | None = None
         #: Domain ids in use (`domain_ida`).
         self.domain_ids: set[int] = set()
