@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Options for pytest and for the suite: make test ARGS="-k trace", make conformance ARGS="ioas_map"
 ARGS ?=
+# Those with an IOMMU, for runs of the suite on all of them.
+MACHINES := q35-vtd-legacy virt-smmuv3
 
 .PHONY: help test conformance vm compare coverage soak lint clean
 
@@ -53,6 +55,9 @@ coverage: $(VENV)/test.stamp
 soak: $(VENV)/test.stamp
 	IOMMULAB_SOAK=1 $(BIN)/python -m pytest -n auto $(ARGS)
 	$(BIN)/python -m pytest -m soak $(ARGS)
+	for caching in never random:1 random:2; do for machine in $(MACHINES); do \
+	  $(BIN)/iommulab conformance --machine $$machine --caching $$caching --report report/$$machine-$$caching || exit; \
+	done; done
 	$(BIN)/iommulab conformance --fail-nth --machine mock --report report/fail-nth-mock
 	$(BIN)/iommulab conformance --fail-nth --report report/fail-nth --total-time 7200
 

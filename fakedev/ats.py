@@ -330,7 +330,7 @@ class AtsPort:
         found = self.tlb.lookup(pasid, privileged, address)
         if found is None or wanted & ~found.allowed:
             found = self._function.dma.request_translation(address, access, pasid)
-            if found.allowed:
+            if found.allowed and self._function.dma.caching.keep():
                 self.tlb.insert(pasid, privileged, found)
             if wanted & ~found.allowed:
                 if block and self.page_requests is not None and self.page_requests.enabled:

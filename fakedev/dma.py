@@ -4,8 +4,9 @@ A request is five integers (rid, pasid, address, length, access) until it fails;
 prints itself. What a device sees of a failure is `DmaAbort`, an aborted completion, with no reason in it: the reason is
 in the IOMMU's fault record and, for people, in `Machine.last_faults`.
 
-The port keeps the last translation it used in each direction. The IOMMU takes it away (`forget`) with every
-invalidation that it executes, and then the port asks again: so the shortcut never outlives what the IOMMU has cached.
+The port keeps the last translation it used in each direction, if its `caching` has shortcuts. The IOMMU takes it away
+(`forget`) with every invalidation that it executes, and then the port asks again: so the shortcut never outlives what
+the IOMMU has cached.
 
 Requests are untranslated; with a PASID they carry its prefix. `read_translated` and `write_translated` send translated
 requests (AT=10b), `request_translation` asks for a translation (AT=01b), `send_page_request` asks for a page; the
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Protocol, TypeAlias, runtime_checkable
 
+from fakedev.caching import LEAVES, Caching
 from fakedev.memory import BusAbort, PhysicalMemory
 from fakedev.tlp import EXECUTE, NO_PASID, PRIVILEGED, READ, WRITE, PageRequest, Translation
 
@@ -190,6 +192,7 @@ class DmaPort:
         "_write_end",
         "_write_in_ram",
         "_write_start",
+        "caching",
         "doorbell",
         "enabled",
         "iommu",
@@ -222,6 +225,7 @@ class DmaPort:
         #: Behind a bridge: the run of a BAR that a switch reaches without the root complex, and so without the IOMMU.
         self.peer: Callable[[int], Run | None] | None = None
         self.enabled = False
+        self.caching: Caching = LEAVES
         self._memory = memory
         self._ram_start, self._ram_end = memory.ram_start, memory.ram_end
         self._map = memory.mapped
@@ -299,8 +303,9 @@ class DmaPort:
         end = address + length
         while address < end:
             start, stop, delta, _ = self._translate(address, end - address, READ)
-            self._read_start, self._read_end, self._read_delta = start, stop, delta
-            self._read_in_ram = start + delta >= self._ram_start and stop + delta <= self._ram_end
+            if self.caching.shortcuts:
+                self._read_start, self._read_end, self._read_delta = start, stop, delta
+                self._read_in_ram = start + delta >= self._ram_start and stop + delta <= self._ram_end
             stop = min(stop, end)
             try:
                 parts.append(self._memory.read(address + delta, stop - address))
@@ -319,8 +324,9 @@ class DmaPort:
         done = 0
         while address < end:
             start, stop, delta, _ = self._translate(address, end - address, WRITE)
-            self._write_start, self._write_end, self._write_delta = start, stop, delta
-            self._write_in_ram = start + delta >= self._ram_start and stop + delta <= self._ram_end
+            if self.caching.shortcuts:
+                self._write_start, self._write_end, self._write_delta = start, stop, delta
+                self._write_in_ram = start + delta >= self._ram_start and stop + delta <= self._ram_end
             stop = min(stop, end)
             piece = view[done : done + stop - address]
             try:
@@ -357,6 +363,8 @@ class DmaPort:
                 raise DmaAbort(address)  # nobody there understands the prefix
             run = IDENTITY
         else:
+            if not self.caching.shortcuts:
+                self.caching.before_request()
             try:
                 run = self.iommu.translate(self, pasid, address, length, access)
             except TranslationFault:
@@ -373,7 +381,9 @@ class DmaPort:
         key = pasid << 4 | access
         run = self._runs.get(key)
         if run is None or not run[0] <= address < run[1]:
-            run = self._runs[key] = self._translate(address, length, access, pasid)
+            run = self._translate(address, length, access, pasid)
+            if self.caching.shortcuts:
+                self._runs[key] = run
         return run
 
     def _read_pasid(self, address: int, length: int, pasid: int, access: int) -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from fakedev.ats import AtsPort
+from fakedev.caching import LEAVES, Caching
 from fakedev.memory import BusAbort, PhysicalMemory
 from fakedev.pci import PciFunction, RootComplex
 from fakedev.smmuv3 import regs as smmuv3_regs
@@ -91,6 +93,22 @@ class Machine:
         self.properties: dict[int, frozenset[str]] = {}
         #: Who gets (register base, name) of an SMMU's wired interrupts. The kernel sets it.
         self.wired_sink: Callable[[int, str], None] | None = None
+        self.caching = LEAVES
+
+    def set_caching(self, caching: Caching) -> None:
+        """How much every cache of the machine keeps from now on. Each machine needs a `Caching` of its own."""
+        self.caching = caching
+        for unit in self.units:
+            unit.set_caching(caching)
+        for function in self.functions:
+            self._cache_in(function)
+
+    def _cache_in(self, function: PciFunction) -> None:
+        function.dma.caching = self.caching
+        function.dma.forget()
+        if isinstance(function.ats, AtsPort):
+            function.ats.tlb.clear()
+            self.caching.droppable(function.ats.tlb.clear)
 
     @property
     def functions(self) -> list[PciFunction]:
@@ -157,6 +175,7 @@ class Machine:
     ) -> PciFunction:
         """Plug a function in, behind `unit` or behind none; `properties` are what the firmware says of it."""
         self.root.add(function, unit).dma.on_abort = self.last_faults.append
+        self._cache_in(function)
         if unit is not None:
             self._behind[unit].append(function.rid)
         self.properties[function.rid] = frozenset(properties)

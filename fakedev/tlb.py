@@ -7,14 +7,21 @@ invalidate is therefore really stale.
 
 A *negative* entry (permission 0) says that nothing is mapped; hardware with VT-d's caching mode keeps such entries.
 
-Left out: paging-structure caches, associativity. When `capacity` 4 KiB slots are filled the cache empties itself.
+`TableCache` keeps where walks found their tables, by the same tags (VT-d 6.2.5, paging-structure caches; Arm: the
+intermediate entries of a walk).
+
+Left out: associativity. When `capacity` 4 KiB slots are filled the cache empties itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 from fakedev.dma import Run
+
+#: Tables that walks of one tag found: by their level, the addresses that they serve, shifted to one number a table.
+Tables: TypeAlias = list[dict[int, tuple[int, int]]]
 
 
 class _Tagged:
@@ -33,11 +40,13 @@ class _Tagged:
 class Tlb:
     """See the module. Addresses are in bytes, `lg2` is the log2 of a page's size."""
 
-    __slots__ = ("_tags", "capacity", "slots")
+    __slots__ = ("_tags", "capacity", "keep", "slots")
 
     def __init__(self, capacity: int = 1 << 20) -> None:
         self._tags: dict[int, _Tagged] = {}
         self.capacity = capacity
+        #: Asked before each insertion; None: everything is kept.
+        self.keep: Callable[[], bool] | None = None
         #: Entries, kept so that the capacity can be tested cheaply.
         self.slots = 0
 
@@ -89,6 +98,8 @@ class Tlb:
 
         A run is cut short in front of a page that is cached already, so that no page is in two runs.
         """
+        if self.keep is not None and not self.keep():
+            return run
         tagged = self._tags.get(tag)
         if tagged is None:
             tagged = self._tags[tag] = _Tagged()
@@ -157,6 +168,55 @@ class Tlb:
                 for number in _between(entries, start >> lg2, last >> lg2):
                     del entries[number]
                     self.slots -= 1
+
+
+class TableCache:
+    """Where tables lie, found on the way to leaves. `of` gives a walk (fakedev/pgtable/walker.py) those of its tag.
+
+    An entry serves all addresses below its table, and outlives whatever software does to the item that it came from.
+    """
+
+    __slots__ = ("_shifts", "_tags")
+
+    def __init__(self) -> None:
+        self._tags: dict[int, Tables] = {}
+        self._shifts: dict[int, tuple[int, int]] = {}
+
+    def of(self, tag: int, granule_lg2: int, index_bits: int) -> Tables:
+        """The tables of a tag, for a format of that granule."""
+        found = self._tags.get(tag)
+        if found is None:
+            found = self._tags[tag] = [{} for _ in range(5)]
+            self._shifts[tag] = granule_lg2, index_bits
+        return found
+
+    def __len__(self) -> int:
+        return sum(len(level) for tables in self._tags.values() for level in tables)
+
+    def tags(self) -> list[int]:
+        """The tags that have entries."""
+        return list(self._tags)
+
+    def clear(self) -> None:
+        """Invalidate everything."""
+        self._tags.clear()
+
+    def clear_tag(self, tag: int) -> None:
+        """Invalidate all entries of a tag."""
+        self._tags.pop(tag, None)
+
+    def clear_range(self, tag: int, start: int, length: int) -> None:
+        """Invalidate the entries of a tag that serve an address in [start, start + length)."""
+        tables = self._tags.get(tag)
+        if tables is None:
+            return
+        granule_lg2, bits = self._shifts[tag]
+        last = start + length - 1
+        for level, entries in enumerate(tables):
+            if entries:
+                shift = granule_lg2 + bits * (level + 1)
+                for number in _between(entries, start >> shift, last >> shift):
+                    del entries[number]
 
 
 def _between(entries: Mapping[int, object], low: int, high: int) -> list[int]:

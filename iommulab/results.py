@@ -82,8 +82,9 @@ class Results:
 
     @property
     def title(self) -> str:
-        """("model 7.3", "vm 7.3.4-oracle")."""
-        return f"{self.on} {self.release}".strip()
+        """("model 7.3, caching always", "vm 7.3.4-oracle")."""
+        caching = self.environment.get("caching")
+        return f"{self.on} {self.release}".strip() + (f", caching {caching}" if caching else "")
 
     def counts(self) -> Counter[str]:
         return Counter(test.verdict for test in self.tests)

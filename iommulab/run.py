@@ -30,6 +30,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="fd",
         help="what the mock driver's DMABUF_GET returns; 0 is the fault of 7.3 as released (default: %(default)s)",
     )
+    parser.add_argument(
+        "--caching",
+        default="always",
+        metavar="always|never|random[:SEED]",
+        help="what the hardware keeps of what it read until it is told not to (default: %(default)s)",
+    )
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM ARGS", help="what to run")
     parser.set_defaults(run=run)
 
@@ -40,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
     if not program:
         raise UserError("name a program: iommulab run -- PROGRAM ARGS")
     try:
-        kernel = Kernel(args.machine, args.version, credentials="host", dmabuf_get=args.dmabuf_get)
+        kernel = Kernel(
+            args.machine, args.version, credentials="host", dmabuf_get=args.dmabuf_get, caching=args.caching
+        )
     except (ValueError, KeyError) as error:
         raise UserError(str(error.args[0])) from error
     with kernel:

@@ -30,7 +30,7 @@ from uapi.backend import DEV_IOMMU
 from uapi.linux import LinuxBackend
 
 MODEL = "iommulab.backends:model"
-DEFAULT_MACHINE, DEFAULT_VERSION = "q35-vtd-legacy", "7.3"
+DEFAULT_MACHINE, DEFAULT_VERSION, DEFAULT_CACHING = "q35-vtd-legacy", "7.3", "always"
 #: Failed tests that are printed in full.
 SHOWN = 10
 
@@ -124,6 +124,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="fd",
         help="what the model's DMABUF_GET returns; 0 is the fault of 7.3 as released (default: fd)",
     )
+    parser.add_argument(
+        "--caching",
+        default=DEFAULT_CACHING,
+        metavar="always|never|random[:SEED]",
+        help="what the model's hardware keeps of what it read until it is told not to (default: %(default)s)",
+    )
     parser.add_argument("--report", type=Path, default=Path("report"), metavar="DIR", help="default: report")
     parser.add_argument("--record", type=Path, metavar="FILE", help="keep the run's JSON here too (.json or .json.gz)")
     parser.add_argument("-k", dest="expression", metavar="EXPR", help="tests whose names match, as in pytest")
@@ -162,6 +168,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--kernel-image is what --on vm boots; add --on vm")
     if args.workers not in (None, 1) and args.on != "model":
         raise UserError("-n is for --on model: one real kernel runs one test at a time")
+    if args.caching != DEFAULT_CACHING and args.on != "model":
+        raise UserError("--caching is for --on model: what real hardware keeps is its own affair")
     selection = select_tests(args.tests)
     if args.expression:
         selection = ["-k", args.expression, *selection]
@@ -184,7 +192,10 @@ def run(args: argparse.Namespace) -> int:
             options = {"machine": machine, "version": args.kernel or DEFAULT_VERSION}
             if args.dmabuf_get != "fd":
                 options["dmabuf_get"] = args.dmabuf_get
+            if args.caching != DEFAULT_CACHING:
+                options["caching"] = args.caching
             check_model(options)
+            results.environment = {"caching": args.caching}
             if args.expression:
                 check_selection(selection)  # xdist's workers would only say that they died
             workers = 1 if args.tests and all("::" in name for name in args.tests) else workers_for(args.workers)
@@ -266,6 +277,8 @@ def rerun_options(args: argparse.Namespace) -> list[str]:
         options += ["--kernel", args.kernel]
     if args.dmabuf_get != "fd":
         options += ["--dmabuf-get", args.dmabuf_get]
+    if args.caching != DEFAULT_CACHING:
+        options += ["--caching", args.caching]
     if args.fail_nth is not None:
         options += ["--fail-nth"]
     if args.kernel_image:

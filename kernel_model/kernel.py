@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Sequence
 from os import fstat
 from typing import TYPE_CHECKING
 
+from fakedev.caching import caching as caching_of
 from fakedev.machine import Machine
 from fakedev.machines.file import build as build_machine
 from kernel_model.client_memory import ClientBuffer, ClientMemory, MmBacking
@@ -71,8 +72,9 @@ class Kernel:
 
     `credentials` "root" makes this process root with every capability in the model's eyes; "host" takes what the host's
     kernel says, so that an unprivileged process pays for its pins. `dmabuf_get` "0" has the mock driver's DMABUF_GET
-    return 0 as 7.3 was released, not the descriptor. Raises ValueError for an unknown machine, release or choice.
-    Close it, or use it as a context manager: descriptors that are still open then belong to no kernel any more.
+    return 0 as 7.3 was released, not the descriptor. `caching` is how much the hardware keeps of what it read:
+    "always", "never" or "random:SEED" (fakedev/caching.py). Raises ValueError for an unknown machine, release or
+    choice. Close it, or use it as a context manager: descriptors that are still open then belong to no kernel any more.
     """
 
     name = "model"
@@ -84,6 +86,7 @@ class Kernel:
         *,
         credentials: str = "root",
         dmabuf_get: str = "fd",
+        caching: str = "always",
     ) -> None:
         if not parse(OLDEST).series <= parse(version).series <= parse(NEWEST).series:
             raise ValueError(f"{version} is no release that the model knows: {OLDEST} to {NEWEST}")
@@ -94,6 +97,7 @@ class Kernel:
         #: What that release has: ioctls, constants, structs.
         self.profile = profile(version)
         self.machine = build_machine(machine) if isinstance(machine, str) else machine
+        self.machine.set_caching(caching_of(caching))
         self.memory = self.machine.memory
         self.pages = PageAllocator(self.memory)
         self.interrupts = interrupts_of(

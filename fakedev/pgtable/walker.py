@@ -7,6 +7,9 @@ read through a second; what that function raises, but BusAbort, passes through. 
 The walk judges presence, reserved bits and widths, not permission: the caller compares `Walk.rights` with what its
 request needs (`fakedev.pgtable.format.NEEDED`).
 
+With `tables` a walk begins at the lowest table that an earlier one found for its address, and adds what it finds: the
+paging-structure cache of a unit.
+
 With `update` the walk keeps accessed and dirty bits as the hardware does: it sets the accessed bit of every item it
 uses, and the dirty bit of the leaf if `needed` has a right to write and the path allows all of `needed`.
 """
@@ -14,10 +17,13 @@ uses, and the dirty bit of the leaf if `needed` has a right to write and the pat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from fakedev.memory import BusAbort, PhysicalMemory
 from fakedev.pgtable.format import ALL_RIGHTS, LEAF, TABLE, WRITES, PageTableFormat, rights_in_words
+
+if TYPE_CHECKING:
+    from fakedev.tlb import Tables
 
 #: How a walk ended. ADDRESS_SIZE and ACCESSED are Arm's; FETCH_FAILED: no memory answers at `item_pa`.
 MAPPED, NOT_PRESENT, RESERVED_BITS, FETCH_FAILED, ADDRESS_SIZE, ACCESSED = range(6)
@@ -98,6 +104,7 @@ def walk(
     address: int,
     needed: int = 0,
     update: Update | None = None,
+    tables: Tables | None = None,
 ) -> Walk:
     """Walk from the table at `root`, which is of `top_level`, to the leaf of `address`.
 
@@ -110,6 +117,15 @@ def walk(
     shift = fmt.granule_lg2 + bits * level
     mask = (1 << (fmt.root_index_bits or bits)) - 1
     plain_mask, plain_value, address_mask = fmt.plain_mask, fmt.plain_value, fmt.address_mask
+    if tables is not None:
+        for known in range(top_level):
+            found = tables[known].get(address >> fmt.granule_lg2 + bits * (known + 1))
+            if found is not None:
+                table, rights = found
+                level = known
+                shift = fmt.granule_lg2 + bits * level
+                mask = (1 << bits) - 1
+                break
     while True:
         item_pa = table + ((address >> shift & mask) << 3)
         try:
@@ -121,6 +137,8 @@ def walk(
             if item & plain_mask == plain_value:
                 table = item & address_mask
                 level -= 1
+                if tables is not None:
+                    tables[level][address >> shift] = table, rights
                 shift -= bits
                 continue
         elif item & fmt.plain_leaf_mask == fmt.plain_leaf_value and rights == ALL_RIGHTS:
@@ -138,12 +156,14 @@ def walk(
         if update is not None:
             item = _update(fmt, update, item_pa, item, level, fmt.with_accessed(item, level))
             if item < 0:
-                return walk(fmt, load, root, top_level, address, needed, update)
+                return walk(fmt, load, root, top_level, address, needed, update, tables)
         rights &= fmt.rights(item, level)
         following = fmt.next_level(item, level, address)
         if following < 0:
             return Walk(NOT_PRESENT, level, item_pa, item)
         table = fmt.table_address(item, level)
+        if tables is not None and following == level - 1:
+            tables[following][address >> shift] = table, rights
         level = following
         shift = fmt.granule_lg2 + bits * level
     allowed = fmt.settle(rights & fmt.rights(item, level))
@@ -154,7 +174,7 @@ def walk(
             new = fmt.with_dirty(new, level)
         item = _update(fmt, update, item_pa, item, level, new)
         if item < 0:
-            return walk(fmt, load, root, top_level, address, needed, update)
+            return walk(fmt, load, root, top_level, address, needed, update, tables)
         if fmt.with_dirty(item, level) != item:
             cacheable = allowed & ~WRITES
     return Walk(

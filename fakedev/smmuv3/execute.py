@@ -141,9 +141,10 @@ class Commands:
             return None
         return (num + 1 << scale) << c.TLBI_GRANULES[tg], tg, ttl
 
-    def _invalidate(self, tag: int, address: int, span: tuple[int, int, int]) -> None:
+    def _invalidate(self, tag: int, address: int, span: tuple[int, int, int], high: int) -> None:
         length, tg, ttl = span
-        self._translator.invalidate(tag, address, min(length, (1 << 64) - address), tg, ttl)
+        leaf = bool(high & c.TLBI_LEAF)
+        self._translator.invalidate(tag, address, min(length, (1 << 64) - address), tg, ttl, leaf)
 
     def _tlbi_nh_va(self, low: int, high: int) -> int:
         span = self._range(low, high)
@@ -151,8 +152,8 @@ class Commands:
             return CERROR_ILL
         base = c.TLBI_VMID.get(low) << VMID_SHIFT
         address = high & c.TLBI_VA_MASK
-        self._invalidate(base | c.TLBI_ASID.get(low), address, span)
-        self._invalidate(base | GLOBAL, address, span)
+        self._invalidate(base | c.TLBI_ASID.get(low), address, span, high)
+        self._invalidate(base | GLOBAL, address, span, high)
         self._unit.forget_ports()
         return CERROR_NONE
 
@@ -161,9 +162,9 @@ class Commands:
         if span is None:
             return CERROR_ILL
         vmid = c.TLBI_VMID.get(low)
-        for tag in self._translator.tlb.tags():
+        for tag in self._translator.tags():
             if tag >> VMID_SHIFT == vmid and not tag & STAGE_2:
-                self._invalidate(tag, high & c.TLBI_VA_MASK, span)
+                self._invalidate(tag, high & c.TLBI_VA_MASK, span, high)
         self._unit.forget_ports()
         return CERROR_NONE
 
@@ -171,7 +172,7 @@ class Commands:
         span = self._range(low, high)
         if span is None:
             return CERROR_ILL
-        self._invalidate(c.TLBI_VMID.get(low) << VMID_SHIFT | STAGE_2, high & c.TLBI_IPA_MASK, span)
+        self._invalidate(c.TLBI_VMID.get(low) << VMID_SHIFT | STAGE_2, high & c.TLBI_IPA_MASK, span, high)
         self._unit.forget_ports()
         return CERROR_NONE
 

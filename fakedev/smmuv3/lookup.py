@@ -217,7 +217,9 @@ class Configuration:
         if index == 0:
             streams.pop(-1, None)
         ste = self.stes.get(sid)
-        if not leaf and ste is not None and ste.s1fmt:
+        if not leaf and ste is None:
+            self.l1cds.pop(sid, None)  # which of them, only the STE could tell
+        elif not leaf and ste is not None and ste.s1fmt:
             self.l1cds.get(sid, {}).pop(index >> e.L2_CD_LOG2[ste.s1fmt], None)
 
     def forget_cds(self, sid: int) -> None:
@@ -225,6 +227,15 @@ class Configuration:
         self.cds.pop(sid, None)
         self.l1cds.pop(sid, None)
         self.streams.pop(sid, None)
+
+    def set_keep(self, keep: Callable[[], bool]) -> None:
+        """From now on, keep what `keep` allows."""
+        self.clear()
+        self._keep = keep
+
+    def droppers(self) -> list[Callable[[], None]]:
+        """The caches, to be emptied at any time."""
+        return [self.l1stds.clear, self.stes.clear, self.l1cds.clear, self.cds.clear, self.streams.clear]
 
     def clear(self) -> None:
         """CFGI_ALL."""

@@ -11,7 +11,10 @@ and of stage 1 tables is cached as any stage 2 translation.
 
 UNVERIFIED: a write that stage 1 allows and stage 2 refuses leaves the stage 1 leaf dirty: its flags are updated first.
 
-Left out: ASET (nothing broadcasts), caching of table pointers, speculative fetches.
+Tables above the leaves are kept where `tables` is given, by the tag of the stage (of stage 1, as IPAs); a TLBI without
+Leaf removes them.
+
+Left out: ASET (nothing broadcasts), speculative fetches.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from fakedev.pgtable.walker import (
 from fakedev.smmuv3 import events
 from fakedev.smmuv3.config import Cd, Region, Ste
 from fakedev.smmuv3.entries import OVERRIDE_CLEAR, OVERRIDE_SET
-from fakedev.tlb import Tlb
+from fakedev.tlb import TableCache, Tables, Tlb
 
 # What the fourth number of a run says here, from bit 0: the rights; the rights of stage 1; walk again before refusing;
 # the leaf is device memory; TG and TTL as a TLBI names them; log2 of the stage 1 leaf.
@@ -146,6 +149,8 @@ class Translator:
         self.memory = memory
         self.tlb = tlb
         self.keep = keep
+        #: What is kept of tables; None: each walk begins at its root.
+        self.tables: TableCache | None = None
         self.load: Load = loader(memory)
         self._update = updater(memory)
         #: By tag, the sizes (log2) of stage 1 leaves whose entries are smaller.
@@ -212,6 +217,11 @@ class Translator:
             ipa = end.output
         raise Refused(events.F_PERMISSION, s2=True, ipa=ipa)
 
+    def _tables_of(self, tag: int, fmt: Arm64Stage1 | Arm64Stage2) -> Tables | None:
+        if self.tables is None or not self.keep():
+            return None
+        return self.tables.of(tag, fmt.granule_lg2, fmt.index_bits)
+
     # -- stage 1 -----------------------------------------------------------------------------------------------------
 
     def _walk_stage1(self, stream: Stream, region: Region, va: int, needed: int, update: bool) -> tuple[Walk, int]:
@@ -219,10 +229,11 @@ class Translator:
         fmt = region.format
         assert fmt is not None
         ste = stream.ste
+        tables = self._tables_of(stream.tag, fmt)
         if not ste.s2:
             change = self._update if update else None
             try:
-                end = walk(fmt, self.load, region.root, fmt.top_level, va, needed, change)
+                end = walk(fmt, self.load, region.root, fmt.top_level, va, needed, change, tables)
             except BusAbort as error:
                 raise _update_aborted(error) from None
             return end, end.item_pa
@@ -237,7 +248,7 @@ class Translator:
             return self._update(self._stage2_pa(ste, ipa, W, events.CLASS_TT), old, new)
 
         try:
-            end = walk(fmt, load, region.root, fmt.top_level, va, needed, change_ipa if update else None)
+            end = walk(fmt, load, region.root, fmt.top_level, va, needed, change_ipa if update else None, tables)
         except BusAbort as error:
             raise _update_aborted(error) from None
         return end, where
@@ -314,7 +325,7 @@ class Translator:
             raise Refused(events.F_TRANSLATION, s2=True, klass=klass, ipa=ipa)
         update = self._update if ste.s2_ha else None
         try:
-            end = walk(fmt, self.load, ste.s2_root, fmt.top_level, ipa, needed, update)
+            end = walk(fmt, self.load, ste.s2_root, fmt.top_level, ipa, needed, update, self._tables_of(tag, fmt))
         except BusAbort as error:
             raise Refused(events.F_WALK_EABT, s2=True, klass=klass, ipa=ipa, fetch_address=error.address & -8) from None
         if end.outcome != MAPPED:
@@ -331,13 +342,17 @@ class Translator:
 
     # -- invalidation ------------------------------------------------------------------------------------------------
 
-    def invalidate(self, tag: int, start: int, length: int, tg: int = 0, ttl: int = 0) -> None:
-        """Forget what [start, start + length) of a tag is translated to.
+    def invalidate(
+        self, tag: int, start: int, length: int, tg: int = 0, ttl: int = 0, last_level: bool = False
+    ) -> None:
+        """Forget what [start, start + length) of a tag is translated to; without `last_level`, the tables on the way too.
 
         Without `tg`: every entry that reaches into it, whatever its size. With: those of that granule, and with `ttl`
         those whose leaf was at that level.
         """
         tlb = self.tlb
+        if self.tables is not None and not last_level:
+            self.tables.clear_range(tag, start, length)
         wide = [(start, length)]
         for lg2 in self._splintered.get(tag, ()):
             first = start & -(1 << lg2)
@@ -358,16 +373,26 @@ class Translator:
                     continue
                 tlb.clear_range(tag, max(low, run[0]), min(high, run[1]) - max(low, run[0]))
 
+    def tags(self) -> set[int]:
+        """The tags of which anything is kept."""
+        return {*self.tlb.tags(), *(() if self.tables is None else self.tables.tags())}
+
     def invalidate_tags(self, wanted: Callable[[int], bool]) -> None:
         """Forget all entries of some tags."""
         for tag in self.tlb.tags():
             if wanted(tag):
                 self.tlb.clear_tag(tag)
                 self._splintered.pop(tag, None)
+        if self.tables is not None:
+            for tag in self.tables.tags():
+                if wanted(tag):
+                    self.tables.clear_tag(tag)
 
     def clear(self) -> None:
         """Forget everything."""
         self.tlb.clear()
+        if self.tables is not None:
+            self.tables.clear()
         self._splintered.clear()
 
 

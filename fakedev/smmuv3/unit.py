@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fakedev.caching import Caching
 from fakedev.dma import (
     EXECUTE,
     IDENTITY,
@@ -40,7 +41,7 @@ from fakedev.smmuv3.queues import GlobalErrors, OutputQueue, QueueIndexes
 from fakedev.smmuv3.regs import Features
 from fakedev.smmuv3.stalls import Stalls
 from fakedev.smmuv3.translate import Refused, Stream, Translator, attributes
-from fakedev.tlb import Tlb
+from fakedev.tlb import TableCache, Tlb
 from fakedev.tlp import Downstream, Invalidation, PageRequest, PageResponse, Translation
 
 _ONES32 = 0xFFFF_FFFF
@@ -201,6 +202,16 @@ class SmmuV3:
             self._run_commands()
         else:
             self.registers.write(offset, width, value)
+
+    def set_caching(self, caching: Caching) -> None:
+        """From now on, keep what `caching` says."""
+        translator = self.translator
+        translator.clear()
+        translator.keep = caching.keep
+        translator.tables = TableCache() if caching.tables else None
+        self.configuration.set_keep(caching.keep)
+        self.forget_ports()
+        caching.droppable(translator.clear, *self.configuration.droppers())
 
     def reset(self) -> None:
         """Power-on: registers, caches, nothing enabled; stalled transactions are aborted."""

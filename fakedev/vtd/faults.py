@@ -224,11 +224,12 @@ UNTRANSLATED, TRANSLATION, TRANSLATED = 0, 1, 2
 class Refused(Exception):
     """A request meets a fault condition. It stays in the unit; who handles the request knows what follows.
 
-    `fpd`: an entry on the way says that faults are not to be processed.
+    `fpd`: an entry on the way says that faults are not to be processed. `lg2`: of how many bytes that is known.
     """
 
-    def __init__(self, reason: int, fpd: bool = False) -> None:
+    def __init__(self, reason: int, fpd: bool = False, lg2: int = 12) -> None:
         super().__init__(REASONS[reason])
+        self.lg2 = lg2
         self.reason = reason
         self.fpd = fpd
 

@@ -132,7 +132,7 @@ class InvalidationQueue:
             mask = high & qi.IOTLB_AM_MASK
             if granularity == qi.SELECTIVE and (not self._caps.page_selective or mask > self._caps.am_max):
                 return regs.IQEI_RESERVED
-            self._unit.invalidate_iotlb(granularity, low >> 16 & qi.DID_MASK, high & -4096, mask)
+            self._unit.invalidate_iotlb(granularity, low >> 16 & qi.DID_MASK, high & -4096, mask, high & qi.IOTLB_IH)
             return _DONE
         if kind == qi.WAIT_TYPE:
             if low & self._wait_reserved or high & 3:
@@ -170,7 +170,7 @@ class InvalidationQueue:
             if low & qi.PIOTLB_RESERVED_LOW or high & qi.PIOTLB_RESERVED_HIGH or granularity < qi.PIOTLB_PASID:
                 return regs.IQEI_RESERVED
             mask = high & qi.IOTLB_AM_MASK
-            self._unit.invalidate_pasid_iotlb(granularity, did, pasid, high & -4096, mask)
+            self._unit.invalidate_pasid_iotlb(granularity, did, pasid, high & -4096, mask, high & qi.IOTLB_IH)
             return _DONE
         if kind == qi.PC_TYPE:
             if low & qi.PC_RESERVED or high or granularity == 2:

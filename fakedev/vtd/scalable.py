@@ -8,13 +8,18 @@ IOTLB entries are tagged with domain id, PASID and whether a first stage took pa
 (tables 23 and 24), and shared between sources of one domain and PASID; the manual's hardware looks up by source.
 UNVERIFIED: the manual does not say in which order conditions of one entry are checked, nor whether a read of a
 first-stage table through a second stage with SSADE sets the dirty bit; here it does, as it needs permission to write.
-Left out: memory types, host permission tables, paging-structure caches. With caching mode, missing context entries and
+Tables are kept by domain id (second stage), and by domain id and PASID (first stage; in nested translation as guest
+addresses, so that the second stage is asked again).
+Left out: memory types, host permission tables. With caching mode, missing context entries and
 second-stage translations are cached; missing PASID-table entries are not (the manual lets hardware do either, and
 Linux's driver would not get rid of them).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from fakedev.caching import LEAVES
 from fakedev.dma import EXECUTE, MSI_END, MSI_START, NO_PASID, PRIVILEGED, READ, WRITE, Run
 from fakedev.memory import PhysicalMemory
 from fakedev.pgtable.format import NEEDED, WRITES, R, W
@@ -32,7 +37,7 @@ from fakedev.pgtable.walker import (
     loader,
     walk,
 )
-from fakedev.tlb import Tlb
+from fakedev.tlb import TableCache, Tables, Tlb
 from fakedev.vtd import descriptors as qi
 from fakedev.vtd import entries, faults, regs
 from fakedev.vtd.faults import Refused
@@ -68,6 +73,9 @@ class ScalableMode:
         #: What a plain request needs of both caches, by `rid << 21 | pasid + 1`. Emptied with either.
         self._ready: dict[int, tuple[Pasid, int]] = {}
         self._tags: dict[int, set[int]] = {}
+        self.caching = LEAVES
+        #: Second-stage tables by domain id, first-stage ones by the tags of the IOTLB.
+        self.tables = TableCache()
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -136,13 +144,13 @@ class ScalableMode:
         entry = self.pasids.get((rid, number))
         if entry is None:
             entry = self._tables.pasid(context, number)
-            if not entry.reason:
+            if not entry.reason and self.caching.keep():
                 self.pasids[rid, number] = entry
         if entry.reason:
             raise Refused(entry.reason, entry.fpd)
         if implied and not entry.supervisor and kind != PAGE_REQUEST:
             raise Refused(faults.PASID_NO_SUPERVISOR, entry.fpd)
-        if kind == UNTRANSLATED:
+        if kind == UNTRANSLATED and self.caching.shortcuts:
             self._ready[rid << 21 | pasid + 1] = entry, implied
         return entry, implied
 
@@ -152,7 +160,8 @@ class ScalableMode:
         context = self.contexts.get(rid)
         if context is None:
             context = self._tables.context(self.root, rid)
-            if not context.reason or (self.caps.caching_mode and context.reason in _NOT_PRESENT):
+            kept = not context.reason or (self.caps.caching_mode and context.reason in _NOT_PRESENT)
+            if kept and self.caching.keep():
                 self.contexts[rid] = context
         if context.reason:
             raise Refused(context.reason, context.fpd)
@@ -200,8 +209,10 @@ class ScalableMode:
                 end = self._walk_second(entry, address, needed)
             except Refused as refused:
                 if self.caps.caching_mode and refused.reason == faults.SS_NOT_PRESENT:
-                    page = address & -4096
-                    self._insert(entry, (page, page + 4096, 0, 0), 12)
+                    # With the tables, an item above the leaves is kept that is not present.
+                    lg2 = refused.lg2 if self.caching.tables else 12
+                    start = address & -(1 << lg2)
+                    self._insert(entry, (start, start + (1 << lg2), 0, 0), lg2)
                 raise
             rights = end.rights | USER | (0 if entry.dirty and not end.cacheable & WRITES else CLEAN_TO_WRITE)
         else:
@@ -237,10 +248,14 @@ class ScalableMode:
         lg2 = min(first.lg2, second.lg2)
         return self._end(entry, address, second.output - address, lg2, both, access, needed)
 
+    def _tables_of(self, tag: int) -> Tables | None:
+        return self.tables.of(tag, 12, 9) if self.caching.tables and self.caching.keep() else None
+
     def _walk_first(self, entry: Pasid, address: int, needed: int, load: Load, update: Update | None) -> Walk:
         """A first-stage walk that ends at a leaf. Refused."""
         assert entry.first is not None
-        end = walk(entry.first, load, entry.first_root, entry.first_top, address, needed, update)
+        tables = self._tables_of(entry.tag | FIRST_STAGE)
+        end = walk(entry.first, load, entry.first_root, entry.first_top, address, needed, update, tables)
         outcome = end.outcome
         if outcome == MAPPED:
             return end
@@ -255,14 +270,15 @@ class ScalableMode:
     def _walk_second(self, entry: Pasid, address: int, needed: int) -> Walk:
         """A second-stage walk that ends at a leaf which can be read or written. Refused."""
         assert entry.second is not None
-        end = walk(entry.second, self._load, entry.second_root, entry.second_top, address, needed, entry.update_second)
+        tables, update = self._tables_of(entry.did), entry.update_second
+        end = walk(entry.second, self._load, entry.second_root, entry.second_top, address, needed, update, tables)
         outcome = end.outcome
         if outcome == MAPPED:
             if end.rights & (R | W):
                 return end
             reason = faults.SS_NOT_PRESENT
         elif outcome == NOT_PRESENT:
-            reason = faults.SS_NOT_PRESENT
+            raise Refused(faults.SS_NOT_PRESENT, entry.fpd, entry.second.item_lg2(end.level))
         elif outcome == RESERVED_BITS:
             reason = faults.SS_RESERVED
         else:
@@ -322,6 +338,11 @@ class ScalableMode:
         self.pasids.clear()
         self._ready.clear()
         self._tags.clear()
+        self.tables.clear()
+
+    def droppers(self) -> list[Callable[[], None]]:
+        """Its caches, to be emptied at any time."""
+        return [self.contexts.clear, self.pasids.clear, self.tables.clear]
 
     def invalidate_contexts(self, granularity: int, sid: int, keep: int) -> None:
         """6.5.2.1: not tagged with a domain, so that a domain's are all; `keep` are the bits of the source compared."""
@@ -342,30 +363,42 @@ class ScalableMode:
             if entry.did == did and (granularity == qi.PC_DOMAIN or entry.pasid == pasid):
                 del self.pasids[key]
 
-    def invalidate_iotlb(self, granularity: int, did: int, address: int, length: int) -> None:
-        """Table 23."""
+    def invalidate_iotlb(self, granularity: int, did: int, address: int, length: int, hint: int = 0) -> None:
+        """6.5.2.3 and table 23."""
         tlb = self.tlb
         if granularity == qi.GLOBAL:
             tlb.clear()
             self._tags.clear()
-        elif granularity == qi.DOMAIN:
+            self.tables.clear()
+            return
+        for tag in [tag for tag in self.tables.tags() if tag & FIRST_STAGE and tag & 0xFFFF == did]:
+            self.tables.clear_tag(tag)
+        if granularity == qi.DOMAIN:
             for tag in self._tags.pop(did, ()):
                 tlb.clear_tag(tag)
+            self.tables.clear_tag(did)
         else:
             for tag in self._tags.get(did, ()):
                 if tag & FIRST_STAGE:
                     tlb.clear_tag(tag)
                 else:
                     tlb.clear_range(tag, address, length)
+            if not hint:
+                self.tables.clear_range(did, address, length)
 
-    def invalidate_pasid_iotlb(self, granularity: int, did: int, pasid: int, address: int, length: int) -> None:
-        """Table 24."""
+    def invalidate_pasid_iotlb(
+        self, granularity: int, did: int, pasid: int, address: int, length: int, hint: int = 0
+    ) -> None:
+        """6.5.2.4 and table 24."""
         tag = did | pasid << 16
         if granularity == qi.PIOTLB_PASID:
             self.tlb.clear_tag(tag)
             self.tlb.clear_tag(tag | FIRST_STAGE)
+            self.tables.clear_tag(tag | FIRST_STAGE)
         else:
             self.tlb.clear_range(tag | FIRST_STAGE, address, length)
+            if not hint:
+                self.tables.clear_range(tag | FIRST_STAGE, address, length)
 
     def invalidate_for_page_request(self, entry: Pasid, address: int) -> None:
         """Table 27."""

@@ -3,10 +3,10 @@
 Mirrors the VT-d specification, revision 5.10: chapter 3 (translation), 6 (caches and their invalidation), 7 (faults),
 11.4 (registers). This file has the registers and legacy mode; `scalable` has the other mode, `queue` the invalidation
 queue, `ats` translation and page requests. It reads tables from memory and nothing else; in legacy mode it caches
-context entries by request id, and translations by domain id; with caching mode (CM) it caches what was not present,
-too, so that a driver which forgets to invalidate after mapping is found out.
+context entries by request id, and translations and tables by domain id; with caching mode (CM) it caches what was not
+present, too, so that a driver which forgets to invalidate after mapping is found out. How much it caches is `caching`.
 
-Left out: paging-structure caches, zero-length reads. INTERRUPT REMAPPING IS A CAPABILITY BIT ONLY: IRTA, SIRTP and IRE
+Left out: zero-length reads. INTERRUPT REMAPPING IS A CAPABILITY BIT ONLY: IRTA, SIRTP and IRE
 are accepted and shown in GSTS, and a write to 0xFEEx_xxxx goes to the interrupt controller as it is. UNVERIFIED: a
 request to that range that is no interrupt (a read, another length) is aborted by the device's port and leaves no fault
 record; the manual says that it is a fault, not which.
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NoReturn
 
+from fakedev.caching import LEAVES, Caching
 from fakedev.dma import (
     IDENTITY,
     MSI_END,
@@ -43,7 +44,7 @@ from fakedev.pgtable.walker import (
     walk,
 )
 from fakedev.reg import Register, RegisterFile
-from fakedev.tlb import Tlb
+from fakedev.tlb import TableCache, Tables, Tlb
 from fakedev.tlp import Downstream, PageRequest, PageResponse, Translation
 from fakedev.vtd import descriptors as qi
 from fakedev.vtd import entries, faults, regs
@@ -107,6 +108,7 @@ class VtdUnit:
         "_services",
         "_state",
         "_warm",
+        "caching",
         "caps",
         "contexts",
         "downstream",
@@ -118,6 +120,7 @@ class VtdUnit:
         "recorder",
         "registers",
         "scalable",
+        "tables",
         "tlb",
     )
 
@@ -143,6 +146,9 @@ class VtdUnit:
         # Bit 62 of a leaf is no transient-mapping bit any more: reserved, with and without device TLBs (9.8).
         self.format = VtdSecondStage(host_address_bits, caps.sllps, caps.snoop_control, device_tlb=False)
         self.tlb = Tlb() if tlb is None else tlb
+        #: Where second-stage tables lie, by domain id.
+        self.tables = TableCache()
+        self.caching = LEAVES
         #: Context entries by request id.
         self.contexts: dict[int, _Context] = {}
         self._warm: set[DmaPort] = set()
@@ -205,6 +211,13 @@ class VtdUnit:
             self._queue.run()
         else:
             self.registers.write(offset, width, value)
+
+    def set_caching(self, caching: Caching) -> None:
+        """From now on, keep what `caching` says."""
+        self._clear_caches()
+        self.caching = self.scalable.caching = caching
+        self.tlb.keep = caching.keep
+        caching.droppable(self.contexts.clear, self.tlb.clear, self.tables.clear, *self.scalable.droppers())
 
     def reset(self) -> None:
         """Power-on: registers, caches, translation off."""
@@ -303,7 +316,8 @@ class VtdUnit:
         if written & regs.IOTLB_IVT:
             value, where = register.value, self.registers.by_name["IVA"].value
             granularity = value >> 60 & 3
-            self.invalidate_iotlb(granularity, value >> 32 & 0xFFFF, where & -4096, where & qi.IOTLB_AM_MASK)
+            mask, hint = where & qi.IOTLB_AM_MASK, where & qi.IOTLB_IH
+            self.invalidate_iotlb(granularity, value >> 32 & 0xFFFF, where & -4096, mask, hint)
             register.value = value & ~(regs.IOTLB_IVT | 3 << 57) | granularity << 57
 
     def _tail(self, _old: int, _written: int) -> None:
@@ -318,28 +332,38 @@ class VtdUnit:
 
     def _clear_caches(self) -> None:
         self.tlb.clear()
+        self.tables.clear()
         self.contexts.clear()
         self.scalable.clear()
         self._forget()
 
-    def invalidate_iotlb(self, granularity: int, did: int, address: int, mask: int) -> None:
-        """Forget translations of a domain: GLOBAL, DOMAIN, or 1 << mask pages at `address`."""
+    def invalidate_iotlb(self, granularity: int, did: int, address: int, mask: int, hint: int = 0) -> None:
+        """Forget translations of a domain: GLOBAL, DOMAIN, or 1 << mask pages at `address`.
+
+        The tables above them go, too, but those above pages only without the `hint` that no table changed.
+        """
         length = 4096 << mask
         if self.mode:  # not legacy
-            self.scalable.invalidate_iotlb(granularity, did, address & -length, length)
+            self.scalable.invalidate_iotlb(granularity, did, address & -length, length, hint)
         elif granularity == qi.SELECTIVE:
             self.tlb.clear_range(did, address & -length, length)
+            if not hint:
+                self.tables.clear_range(did, address & -length, length)
         elif granularity == qi.DOMAIN:
             self.tlb.clear_tag(did)
+            self.tables.clear_tag(did)
         elif granularity == qi.GLOBAL:
             self.tlb.clear()
+            self.tables.clear()
         if self._warm:
             self._forget()
 
-    def invalidate_pasid_iotlb(self, granularity: int, did: int, pasid: int, address: int, mask: int) -> None:
+    def invalidate_pasid_iotlb(
+        self, granularity: int, did: int, pasid: int, address: int, mask: int, hint: int = 0
+    ) -> None:
         """Forget translations of a PASID in a domain: all, or 1 << mask pages of its first stage at `address`."""
         length = 4096 << mask
-        self.scalable.invalidate_pasid_iotlb(granularity, did, pasid, address & -length, length)
+        self.scalable.invalidate_pasid_iotlb(granularity, did, pasid, address & -length, length, hint)
         if self._warm:
             self._forget()
 
@@ -468,6 +492,8 @@ class VtdUnit:
     def _fetch_context(self, rid: int) -> _Context:
         """Read the root and the context entry of a source, and cache what was found."""
         context = self._read_context(rid)
+        if not self.caching.keep():
+            return context
         if not context.reason:
             self.contexts[rid] = context
         elif self.caps.caching_mode and context.reason in (faults.ROOT_NOT_PRESENT, faults.CONTEXT_NOT_PRESENT):
@@ -510,17 +536,24 @@ class VtdUnit:
             context.reason = faults.CONTEXT_INVALID
         return context
 
+    def tables_of(self, did: int) -> Tables | None:
+        """What is kept of second-stage tables under a domain id; None: nothing."""
+        return self.tables.of(did, 12, 9) if self.caching.tables and self.caching.keep() else None
+
     def fill(self, context: _Context, address: int, length: int, access: int) -> Run:
         """Walk the tables for an address that is not cached; cache and return what is there. Refused.
 
         A run that does not allow `access` is returned all the same, and cached only with caching mode.
         """
-        end = walk(self.format, self._load, context.root, context.top_level, address)
+        tables = self.tables_of(context.did)
+        end = walk(self.format, self._load, context.root, context.top_level, address, tables=tables)
         if end.outcome == NOT_PRESENT:
-            page = address & -4096
-            run = (page, page + 4096, 0, 0)
+            # With the tables, an item above the leaves is kept that is not present.
+            lg2 = 12 if tables is None else self.format.item_lg2(end.level)
+            start = address & -(1 << lg2)
+            run = (start, start + (1 << lg2), 0, 0)
             if self.caps.caching_mode:
-                self.tlb.insert(context.did, run, 12)
+                self.tlb.insert(context.did, run, lg2)
             return run
         if end.outcome == RESERVED_BITS:
             raise Refused(faults.PAGE_TABLE_RESERVED, context.fpd)

@@ -32,6 +32,21 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, env=environment, check=False)
 
 
+def test_the_heading_says_what_the_hardware_keeps(tmp_path: Path) -> None:
+    done = run("conformance", "--caching", "random:7", "--report", str(tmp_path), "-n", "1", "ioas_alloc")
+    assert "iommulab conformance on model 7.3, caching random:7" in done.stdout
+    assert load(str(tmp_path / "model.json")).environment == {"caching": "random:7"}
+
+
+@pytest.mark.parametrize("command", [["conformance", "--report", "REPORT"], ["run", "--", "true"]])
+def test_hardware_that_keeps_what_there_is_no_word_for_is_an_error(tmp_path: Path, command: list[str]) -> None:
+    words = [str(tmp_path) if word == "REPORT" else word for word in command]
+    done = run(words[0], "--caching", "often", *words[1:])
+    assert done.returncode == 1
+    assert "caching is always, never, random or random:SEED, not 'often'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_one_area_on_the_model_prints_a_table_and_writes_reports(tmp_path: Path) -> None:
     done = run("conformance", "--report", str(tmp_path), "-n", "1", "ioas_alloc")
     assert done.returncode == 0, done.stdout + done.stderr
