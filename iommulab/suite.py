@@ -242,7 +242,7 @@ def _skip_reasons(tests: list[Test]) -> str:
 
 def print_table(console: Console, results: Results) -> None:
     """Areas down, verdicts across."""
-    table = Table(title=f"iommulab conformance on {results.title}", title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column("area")
     for name in ("passed", "failed", "skipped"):
         table.add_column(name, justify="right")
@@ -258,6 +258,7 @@ def print_table(console: Console, results: Results) -> None:
     table.add_section()
     table.add_row("all", str(counts["passed"]), str(counts["failed"]), str(skipped), known, style="bold")
     console.print()
+    console.print(f"iommulab conformance on {results.title}", style="table.title", highlight=False, soft_wrap=True)
     console.print(table, soft_wrap=False)
     console.print(f"{len(results.tests)} tests in {results.duration:.1f} s", highlight=False)
     swept = [test.markers["fail_nth"] for test in results.tests if "fail_nth" in test.markers]

@@ -345,7 +345,7 @@ class Translator:
     def invalidate(
         self, tag: int, start: int, length: int, tg: int = 0, ttl: int = 0, last_level: bool = False
     ) -> None:
-        """Forget what [start, start + length) of a tag is translated to; without `last_level`, the tables on the way too.
+        """Forget what [start, start + length) of a tag is translated to; without `last_level` tables, too.
 
         Without `tg`: every entry that reaches into it, whatever its size. With: those of that granule, and with `ttl`
         those whose leaf was at that level.

@@ -42,7 +42,7 @@ def test_the_heading_says_what_the_hardware_keeps(tmp_path: Path) -> None:
 def test_hardware_that_keeps_what_there_is_no_word_for_is_an_error(tmp_path: Path, command: list[str]) -> None:
     words = [str(tmp_path) if word == "REPORT" else word for word in command]
     done = run(words[0], "--caching", "often", *words[1:])
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "caching is always, never, random or random:SEED, not 'often'" in done.stderr
     assert "Traceback" not in done.stderr
 
