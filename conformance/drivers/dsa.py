@@ -33,6 +33,8 @@ BLOCK_ON_FAULT, RECORD_VALID, RECORD_WANTED = 0x2, 0x4, 0x8
 SUCCESS, PAGE_FAULT, REFUSED_PAGE, HARDWARE, TRANSLATION = 0x01, 0x03, 0x04, 0x20, 0x22
 #: In a status: what failed was a write.
 ON_WRITE = 0x80
+#: Descriptors that a queue holds, and completion records of one.
+SLOTS = 16
 #: Seconds that a command or a descriptor may take.
 TIMEOUT = 10.0
 
@@ -87,13 +89,13 @@ class Dsa:
             raise DsaError(status & 0xFF)
 
     def queue(self, index: int = 0, pasid: int | None = None, flags: int = WQ_BLOCK) -> Queue:
-        """Configure a dedicated queue for 16 descriptors and enable it; `flags` are WQ_*. Raises DsaError: among
+        """Configure a dedicated queue and enable it; `flags` are WQ_*. Raises DsaError: among
         others where `pasid` is given and the host has not enabled the device's PASIDs."""
         at = self._wqcfg + index * WQCFG_SIZE
         mode = WQ_DEDICATED | flags
         if pasid is not None:
             mode |= WQ_PASID_EN | pasid << WQ_PASID_SHIFT
-        for offset, value in ((0, 16), (4, 0), (8, mode), (12, LIMITS)):
+        for offset, value in ((0, SLOTS), (4, 0), (8, mode), (12, LIMITS)):
             self.bar.write(at + offset, 4, value)
         self.command(CMD_ENABLE_WQ, index)
         return Queue(self, index)
@@ -124,28 +126,29 @@ class Dsa:
 
 
 class Queue:
-    """An enabled work queue. Records go to `record_iova` + 32 * n, which is `records` in the client."""
+    """An enabled work queue. Its completion records go to 16 slots of a page of the client's, a descriptor after the
+    other."""
 
     def __init__(self, engine: Dsa, index: int) -> None:
         self.engine = engine
         self.index = index
         self._records: Buffer | None = None
-        self._record_iova = self._next = 0
+        self._page_iova = self._count = 0
 
-    def record_in(self, buffer: Buffer, iova: int) -> Queue:
-        """Have completion records written to this page of the client's, mapped at `iova`; the queue itself."""
-        self._records, self._record_iova, self._next = buffer, iova, 0
+    def record_in(self, page: Buffer, iova: int) -> Queue:
+        """Have completion records written to this page, mapped at `iova`; the queue itself."""
+        self._records, self._page_iova = page, iova
         return self
 
     def submit(self, operation: int, source: int, target: int, count: int, flags: int = BLOCK_ON_FAULT) -> Job:
         """Submit a descriptor; what became of it is asked of the Job. `source` is the pattern of a FILL."""
         if self._records is None:
             raise ValueError("no place for completion records")
-        slot = self._next
-        self._next = (slot + 1) % (self._records.length // 32)
+        slot = SLOTS * self.index + self._count % SLOTS
+        self._count += 1
         self._records.view[32 * slot : 32 * slot + 32] = bytes(32)
         head = operation << 56 | (flags | RECORD_VALID | RECORD_WANTED) << 32
-        body = struct.pack("<QQQQI", head, self._record_iova + 32 * slot, source, target, count) + bytes(28)
+        body = struct.pack("<QQQQI", head, self._page_iova + 32 * slot, source, target, count) + bytes(28)
         for at, word in enumerate(struct.unpack("<8Q", body)):
             self.engine.portals.write(self.index * PORTAL + 8 * at, 8, word)
         return Job(self._records, slot)
