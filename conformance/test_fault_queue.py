@@ -152,7 +152,7 @@ def test_hwpt_keeps_the_queue(kernel: Backend, device: VfioDevice, iommu: File, 
 
 
 @pytest.mark.has("fault-queue-on-paging-hwpt")
-@pytest.mark.needs("iommu", "root", "vfio_cdev")
+@pytest.mark.needs("iommu", "root", "vfio_cdev", "vtd")
 def test_device_that_makes_no_page_requests_cannot_attach_to_a_hwpt_that_reports_them(
     kernel: Backend, device: VfioDevice, iommu: File, ioas: int
 ) -> None:
