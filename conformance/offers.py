@@ -242,6 +242,16 @@ def _fail_nth(backend: Backend) -> str | None:
     return None
 
 
+def _interrupt_remapping(backend: Backend) -> str | None:
+    """The first VT-d unit's extended capabilities say so in bit 3, and Linux uses what there is."""
+    try:
+        if int(sysfs(backend, "/sys/class/iommu/dmar0/intel-iommu/ecap"), 16) >> 3 & 1:
+            return None
+    except OSError:
+        return "no VT-d unit"
+    return "the VT-d unit does not remap interrupts"
+
+
 PROBES: dict[str, Callable[[Backend], str | None]] = {
     "iommu": _iommu,
     "root": _root,
@@ -259,6 +269,7 @@ PROBES: dict[str, Callable[[Backend], str | None]] = {
     "memfd": _memfd,
     "hugetlb_memfd": _hugetlb_memfd,
     "fail_nth": _fail_nth,
+    "interrupt_remapping": _interrupt_remapping,
     **DSA_PROBES,
 }
 

@@ -21,8 +21,9 @@ Left out: atomics, ordering, and the split into packets: a device that moves dat
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from enum import IntEnum
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import NoReturn, Protocol, TypeAlias, runtime_checkable
 
 from fakedev.caching import LEAVES, Caching
 from fakedev.memory import BusAbort, PhysicalMemory
@@ -40,6 +41,7 @@ __all__ = [
     "DmaAbort",
     "DmaPort",
     "DmaRequest",
+    "InterruptRemapper",
     "InterruptSink",
     "IommuHardware",
     "Outcome",
@@ -161,6 +163,17 @@ class TranslationAgent(IommuHardware, Protocol):
 
     def page_request(self, port: DmaPort, request: PageRequest) -> None:
         """Take a page request message. The answer comes by `Downstream.respond`, possibly before this returns."""
+
+
+@runtime_checkable
+class InterruptRemapper(IommuHardware, Protocol):
+    """An IOMMU that messages of its functions pass through."""
+
+    def interrupt(self, port: DmaPort, address: int, data: int) -> tuple[int, int]:
+        """The (address, data) that a message becomes. Raises TranslationFault."""
+
+    def illegal_interrupt(self, port: DmaPort, address: int, length: int, access: int) -> NoReturn:
+        """Note a request to the MSI window that is no message: always raises TranslationFault."""
 
 
 class InterruptSink(Protocol):
@@ -352,8 +365,10 @@ class DmaPort:
     def _translate(self, address: int, length: int, access: int, pasid: int = NO_PASID) -> Run:
         # A request with a PASID is never an interrupt (VT-d specification 3.15; PCIe 6.20).
         first, beyond = self.msi_window if pasid == NO_PASID else (0, 0)
-        if not self.enabled or first <= address < beyond or address + length > 1 << 64:
+        if not self.enabled or address + length > 1 << 64:
             raise DmaAbort(address)
+        if first <= address < beyond:
+            self._no_interrupt(address, length, access)
         if self.peer is not None:
             direct = self.peer(address)
             if direct is not None:
@@ -477,6 +492,21 @@ class DmaPort:
     # -- interrupts --------------------------------------------------------------------------------------------------
 
     def _interrupt(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        if not self.enabled or len(data) != 4 or address & 3:
+        if not self.enabled:
             raise DmaAbort(address)
-        self.on_interrupt(address, int.from_bytes(data, "little"))
+        if len(data) != 4 or address & 3:
+            self._no_interrupt(address, len(data), WRITE)
+        message = int.from_bytes(data, "little")
+        if isinstance(self.iommu, InterruptRemapper):
+            try:
+                address, message = self.iommu.interrupt(self, address, message)
+            except TranslationFault:
+                raise DmaAbort(address) from None
+        self.on_interrupt(address, message)
+
+    def _no_interrupt(self, address: int, length: int, access: int) -> NoReturn:
+        """Refuse a request to the MSI window that is no message."""
+        if isinstance(self.iommu, InterruptRemapper):
+            with suppress(TranslationFault):
+                self.iommu.illegal_interrupt(self, address, length, access)
+        raise DmaAbort(address)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from fakedev.dma import (
     MSI_END,
@@ -437,6 +437,12 @@ class _Refusal:
     """Where requests end that a bridge does not let through."""
 
     def translate(self, _port: DmaPort, _pasid: int, _address: int, _length: int, _access: int) -> Run:
+        raise TranslationFault
+
+    def interrupt(self, _port: DmaPort, _address: int, _data: int) -> tuple[int, int]:
+        raise TranslationFault
+
+    def illegal_interrupt(self, _port: DmaPort, _address: int, _length: int, _access: int) -> NoReturn:
         raise TranslationFault
 
 

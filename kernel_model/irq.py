@@ -1,20 +1,25 @@
 """Interrupts: who is called when a device sends a message or raises its line.
 
 Stands for what kernel/irq, the MSI domains and the I/O APIC do together for a PCI driver: `pci_alloc_irq_vectors()`,
-`request_irq()` and their opposites. On a PC every MSI vector has data of its own, and all go to one address in the
-processor's interrupt window. With a GIC they go to the doorbell of its translation service (drivers/irqchip/
-irq-gic-v3-its.c), each function counting its events from 0; the doorbell is memory that the IOMMU translates, so the
-domain of the device must map it. INTx handlers are found by function. Handlers run inside the store that caused the
-interrupt.
+`request_irq()` and their opposites. A function's messages are its MSI domain's (`MsiDomain`): on a PC they go to the
+processor, as arch/x86/kernel/apic/{msi,vector}.c would have it, or name an entry of the IOMMU's table. With a GIC they
+go to the doorbell of its translation service (drivers/irqchip/irq-gic-v3-its.c), each function counting its events from
+0; the doorbell is memory that the IOMMU translates, so the domain of the device must map it. INTx handlers are found by
+function. Handlers run inside the store that caused the interrupt.
 
-Left out: MSI-X, shared lines (a line belongs to one function), affinity, spurious interrupts, the translation
-service's own tables and commands.
+A vector's message is in the function while the vector is active: from its allocation until its handler goes, and again
+from the next one. In between the function has a message of zeros, with MSI on: what it sends then is a DMA to 0.
+
+Left out: MSI-X, shared lines (a line belongs to one function), affinity, spurious interrupts, messages that are no
+interrupt for a handler (SMI, NMI, INIT: they are dropped), the translation service's own tables and commands.
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
 
 from fakedev.machine import Machine
 from fakedev.pci import (
@@ -30,42 +35,85 @@ from fakedev.pci import (
 )
 from kernel_model.errors import KernelBug, KernelError
 
-#: Where messages go (Intel SDM volume 3, 12.11.1), and the data of the first vector.
+#: Where messages go (Intel SDM volume 3, 12.11.1); bits 19:12 are the number of the processor's APIC, which is 0.
 MSI_ADDRESS = 0xFEE0_0000
-FIRST_VECTOR = 0x40
-#: The first number that a GIC gives to messages.
-FIRST_LPI = 8192
+_DESTINATION_SHIFT, _DESTINATION_MASK, _EVERYBODY, _LOGICAL = 12, 0xFF, 0xFF, 1 << 2
+_VECTOR_MASK, _DELIVERY_SHIFT, _DELIVERY_MASK = 0xFF, 8, 7
+#: Vectors that functions get, as many as a processor has to give.
+VECTORS = range(0x40, 0xEC)
+#: The numbers that a GIC gives to messages.
+LPIS = range(8192, 1 << 16)
 _PCI_MSI_DATA_64 = 12
 
 Handler = Callable[[], None]
 
 
+class MsiDomain:
+    """The parent of a function's MSI domain: what turns vectors into messages. This one has them sent as they are.
+
+    A function's vectors are allocated together and known by a number from then on; each is activated and deactivated
+    by its position among them. Mirrors `struct irq_domain_ops`, of x86_vector_domain here.
+    """
+
+    #: MSI_FLAG_MULTI_PCI_MSI: a function may have more than one vector.
+    multi = False
+
+    def alloc(self, function: PciFunction, count: int) -> int:
+        """Make room for that many vectors; the number of the allocation. ENOSPC, ENOMEM."""
+        return 0
+
+    def compose(self, allocation: int, first: int) -> tuple[int, int]:
+        """The (address, data) that the function is to send; `first` is its first vector."""
+        return MSI_ADDRESS, first
+
+    def activate(self, allocation: int, position: int, vector: int) -> None:
+        """From now on the message leads to `vector`."""
+
+    def deactivate(self, allocation: int, position: int) -> None:
+        """From now on the message leads nowhere."""
+
+    def free(self, allocation: int) -> None:
+        """Give the room back."""
+
+
+@dataclass
+class _Allocated:
+    """The vectors of a function."""
+
+    function: PciFunction
+    domain: MsiDomain
+    number: int
+    vectors: list[int]
+    active: set[int]
+
+
 class Interrupts:
     """The interrupts of a PC; `interrupts_of` makes those of any machine."""
 
-    _first = FIRST_VECTOR
+    _numbers = VECTORS
 
     def __init__(self, machine: Machine) -> None:
         self._handlers: dict[int, Handler] = {}
         self._lines: dict[int, Handler] = {}
-        self._vectors: dict[int, range] = {}
+        self._vectors: dict[int, _Allocated] = {}
+        #: By vector, who has it: a function's vectors and the position among them.
+        self._owners: dict[int, tuple[_Allocated, int]] = {}
+        self._default = MsiDomain()
+        self._domains: dict[int, MsiDomain] = {}
         machine.root.interrupt_sink = self._message
         machine.root.intx_sink = self._line
 
-    def _doorbell(self, function: PciFunction) -> int:
-        """Where the function sends its messages."""
-        return MSI_ADDRESS
-
-    def _event(self, vector: int) -> int:
-        """The data of the first vector of a function's."""
-        return vector
-
     # -- message signalled -------------------------------------------------------------------------------------------
+
+    def set_msi_domain(self, function: PciFunction, domain: MsiDomain) -> None:
+        """dev_set_msi_domain(): the function's messages go through `domain`, and not straight to the processor."""
+        self._domains[function.rid] = domain
 
     def pci_alloc_irq_vectors(self, function: PciFunction, wanted: int) -> int:
         """Turn MSI on with up to `wanted` vectors; how many there are.
 
-        ERANGE: none is wanted. ENOSPC: the function has no MSI, or its domain does not let it reach the doorbell.
+        ERANGE: none is wanted. ENOSPC: the function has no MSI, no vector is left, the domain has no room,
+        or the function's IOMMU domain does not let it reach the doorbell.
         """
         if wanted < 1:
             raise KernelError(errno.ERANGE, "no vector is wanted")
@@ -74,56 +122,97 @@ class Interrupts:
             raise KernelError(errno.ENOSPC, "the function has no MSI")
         if function.rid in self._vectors:
             raise KernelBug("MSI is on already")
-        count = min(wanted, msi.vectors)
-        doorbell = self._doorbell(function)
-        enabled_lg2 = (count - 1).bit_length()
-        block = 1 << enabled_lg2  # a function is given a power of two, and data aligned to it
-        first = self._first
-        for taken in sorted(self._vectors.values(), key=lambda span: span.start):
-            if first + block <= taken.start:
-                break
-            first = -(-taken.stop // block) * block
-        self._vectors[function.rid] = range(first, first + count)
-        cap = msi.offset
-        function.config_write(cap + PCI_MSI_ADDRESS_LO, 4, doorbell & 0xFFFF_FFFF)
-        function.config_write(cap + PCI_MSI_ADDRESS_HI, 4, doorbell >> 32)
-        function.config_write(cap + _PCI_MSI_DATA_64, 2, self._event(first))
-        flags = function.config_read(cap + PCI_MSI_FLAGS, 2) & ~PCI_MSI_FLAGS_QSIZE
+        domain = self._domains.get(function.rid, self._default)
+        count = min(wanted, msi.vectors) if domain.multi else 1
+        free = list(islice((vector for vector in self._numbers if vector not in self._owners), count))
+        if len(free) < count:
+            raise KernelError(errno.ENOSPC, "no vector is left")
+        try:
+            try:
+                number = domain.alloc(function, count)
+            except KernelError:  # msi_handle_pci_fail() has many tried again as one
+                if count == 1:
+                    raise
+                count = 1
+                del free[1:]
+                number = domain.alloc(function, 1)
+        except KernelError as error:
+            raise KernelError(errno.ENOSPC, error.why) from error
+        owned = _Allocated(function, domain, number, free, set())
+        self._vectors[function.rid] = owned
+        self._owners.update({vector: (owned, position) for position, vector in enumerate(owned.vectors)})
+        for position in range(count):
+            self._activate(owned, position)
+        flags = function.config_read(msi.offset + PCI_MSI_FLAGS, 2) & ~PCI_MSI_FLAGS_QSIZE
         pci_intx(function, False)
-        function.config_write(cap + PCI_MSI_FLAGS, 2, flags | enabled_lg2 << 4 | PCI_MSI_FLAGS_ENABLE)
+        enabled_lg2 = (count - 1).bit_length()  # a function is given a power of two
+        function.config_write(msi.offset + PCI_MSI_FLAGS, 2, flags | enabled_lg2 << 4 | PCI_MSI_FLAGS_ENABLE)
         return count
 
     def pci_free_irq_vectors(self, function: PciFunction) -> None:
         """Turn MSI off. Every handler must have gone."""
         msi = function.msi
         assert msi is not None
-        if any(vector in self._handlers for vector in self._vectors.pop(function.rid)):
+        owned = self._vectors.pop(function.rid)
+        if any(vector in self._handlers for vector in owned.vectors):
             raise KernelBug("a vector is freed under its handler")
         flags = function.config_read(msi.offset + PCI_MSI_FLAGS, 2)
         function.config_write(msi.offset + PCI_MSI_FLAGS, 2, flags & ~(PCI_MSI_FLAGS_ENABLE | PCI_MSI_FLAGS_QSIZE))
-        for offset, width in ((PCI_MSI_ADDRESS_LO, 4), (PCI_MSI_ADDRESS_HI, 4), (_PCI_MSI_DATA_64, 2)):
-            function.config_write(msi.offset + offset, width, 0)  # msi_domain_deactivate() leaves no message
         pci_intx(function, True)
+        for position, vector in enumerate(owned.vectors):
+            self._deactivate(owned, position)
+            del self._owners[vector]
+        owned.domain.free(owned.number)
 
     def pci_irq_vector(self, function: PciFunction, index: int) -> int:
         """The interrupt number of a vector. EINVAL: the function has fewer."""
-        vectors = self._vectors.get(function.rid, range(0))
+        owned = self._vectors.get(function.rid)
+        vectors = [] if owned is None else owned.vectors
         if index >= len(vectors):
             raise KernelError(errno.EINVAL, f"vector {index} of {len(vectors)}")
         return vectors[index]
+
+    def _activate(self, owned: _Allocated, position: int) -> None:
+        if position not in owned.active:
+            owned.active.add(position)
+            owned.domain.activate(owned.number, position, owned.vectors[position])
+            if not position:
+                self._write_message(owned.function, *owned.domain.compose(owned.number, owned.vectors[0]))
+
+    def _deactivate(self, owned: _Allocated, position: int) -> None:
+        if position in owned.active:
+            owned.active.remove(position)
+            if not position:
+                self._write_message(owned.function, 0, 0)  # msi_domain_deactivate() leaves no message
+            owned.domain.deactivate(owned.number, position)
+
+    def _write_message(self, function: PciFunction, address: int, data: int) -> None:
+        """pci_write_msg_msi(): all vectors of a function share one message, which is its first vector's."""
+        assert function.msi is not None
+        cap = function.msi.offset
+        function.config_write(cap + PCI_MSI_ADDRESS_LO, 4, address & 0xFFFF_FFFF)
+        function.config_write(cap + PCI_MSI_ADDRESS_HI, 4, address >> 32)
+        function.config_write(cap + _PCI_MSI_DATA_64, 2, data)
 
     def request_irq(self, vector: int, handler: Handler) -> None:
         if vector in self._handlers:
             raise KernelBug(f"vector {vector} has a handler")
         self._handlers[vector] = handler
+        if vector in self._owners:
+            self._activate(*self._owners[vector])
 
     def free_irq(self, vector: int) -> None:
         del self._handlers[vector]
+        if vector in self._owners:
+            self._deactivate(*self._owners[vector])
 
     def _message(self, address: int, data: int) -> None:
-        handler = self._handlers.get(data) if address == MSI_ADDRESS else None
-        if handler is not None:
-            handler()
+        destination = address >> _DESTINATION_SHIFT & _DESTINATION_MASK | address >> 32 & ~_DESTINATION_MASK
+        mine = destination & 1 if address & _LOGICAL else destination in (0, _EVERYBODY)
+        if mine and data >> _DELIVERY_SHIFT & _DELIVERY_MASK in (0, 1):  # fixed, lowest priority
+            handler = self._handlers.get(data & _VECTOR_MASK)
+            if handler is not None:
+                handler()
 
     # -- lines -------------------------------------------------------------------------------------------------------
 
@@ -143,35 +232,44 @@ class Interrupts:
             handler()
 
 
+class _ItsDomain(MsiDomain):
+    """Messages to a GIC's doorbell. `prepare` is `iommu_dma_prepare_msi()`: where a function writes to reach it."""
+
+    multi = True
+
+    def __init__(self, doorbell: int, prepare: Callable[[PciFunction, int], int]) -> None:
+        self._doorbell = doorbell
+        self._prepare = prepare
+        self._addresses: dict[int, int] = {}
+
+    def alloc(self, function: PciFunction, count: int) -> int:
+        self._addresses[function.rid] = self._prepare(function, self._doorbell)
+        return function.rid
+
+    def compose(self, allocation: int, first: int) -> tuple[int, int]:
+        return self._addresses[allocation], 0
+
+    def free(self, allocation: int) -> None:
+        del self._addresses[allocation]
+
+
 class GicInterrupts(Interrupts):
-    """The interrupts of a machine with a GICv3 and its translation service.
+    """The interrupts of a machine with a GICv3 and its translation service."""
 
-    `prepare` is `iommu_dma_prepare_msi()`: where a function writes to reach a doorbell.
-    """
-
-    _first = FIRST_LPI
+    _numbers = LPIS
 
     def __init__(self, machine: Machine, prepare: Callable[[PciFunction, int], int]) -> None:
         super().__init__(machine)
-        self._root = machine.root
-        self._prepare = prepare
+        self._default = _ItsDomain(machine.root.doorbell, prepare)
         machine.root.doorbell_sink = self._translate
-
-    def _doorbell(self, function: PciFunction) -> int:
-        try:
-            return self._prepare(function, self._root.doorbell)
-        except KernelError as error:  # msi_handle_pci_fail()
-            raise KernelError(errno.ENOSPC, f"no doorbell: {error.strerror}") from error
-
-    def _event(self, vector: int) -> int:
-        return 0
 
     def _translate(self, rid: int, event: int) -> None:
         """What the translation service does with a write of the function that has this request id."""
-        vectors = self._vectors.get(rid, range(0))
-        handler = self._handlers.get(vectors[event]) if event < len(vectors) else None
-        if handler is not None:
-            handler()
+        owned = self._vectors.get(rid)
+        if owned is not None and event in owned.active:
+            handler = self._handlers.get(owned.vectors[event])
+            if handler is not None:
+                handler()
 
 
 def interrupts_of(machine: Machine, prepare: Callable[[PciFunction, int], int]) -> Interrupts:

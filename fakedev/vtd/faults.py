@@ -40,6 +40,9 @@ IR_TABLE_ERROR = 0x23
 IR_RESERVED = 0x24
 IR_COMPATIBILITY_BLOCKED = 0x25
 IR_SOURCE_REFUSED = 0x26
+IR_ILLEGAL_REQUEST = 0x29
+IR_EXTENDED_MODE_REQUIRED = 0x2A
+IR_REMAPPING_REQUIRED = 0x2B
 # The root-table address register.
 ROOT_ADDRESS_INVALID = 0x30
 PASID_IN_LEGACY_MODE = 0x31
@@ -119,6 +122,9 @@ REASONS = {
     IR_RESERVED: "reserved bits set in interrupt-remapping entry",
     IR_COMPATIBILITY_BLOCKED: "interrupt in compatibility format is blocked",
     IR_SOURCE_REFUSED: "interrupt-remapping entry is not for this source",
+    IR_ILLEGAL_REQUEST: "request to the interrupt range that is no interrupt",
+    IR_EXTENDED_MODE_REQUIRED: "extended interrupt mode is required, and off",
+    IR_REMAPPING_REQUIRED: "interrupt remapping is required, and off",
     ROOT_ADDRESS_INVALID: "invalid translation table mode",
     PASID_IN_LEGACY_MODE: "request with PASID in legacy mode",
     PAGE_REQUEST_IN_LEGACY_MODE: "page request in legacy mode",
@@ -178,6 +184,7 @@ UNQUALIFIED = {
     ROOT_TABLE_ERROR,
     CONTEXT_TABLE_ERROR,
     ROOT_RESERVED,
+    IR_ILLEGAL_REQUEST,
     ROOT_ADDRESS_INVALID,
     PASID_IN_LEGACY_MODE,
     PAGE_REQUEST_IN_LEGACY_MODE,

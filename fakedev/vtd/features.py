@@ -59,12 +59,18 @@ _LAYOUT = {
     "fsts": (1, 47, 1),
     "smpwcs": (1, 48, 1),
     "rps": (1, 49, 1),
+    "tdxcs": (1, 50, 1),
     "pms": (1, 51, 1),
     "adms": (1, 52, 1),
     "rprivs": (1, 53, 1),
     "hpts": (1, 55, 1),
     "ptrs": (1, 56, 1),
+    "ssirws": (1, 57, 1),
     "sms": (1, 58, 1),
+    "hpt1gps": (1, 59, 1),
+    "rdts": (1, 60, 1),
+    "eimer": (1, 61, 1),
+    "irreq": (1, 62, 1),
 }
 
 #: "Implementations reporting <value> as clear also report <key> as clear" (11.4.2, 11.4.3).
@@ -93,10 +99,13 @@ NEEDS = {
     "rprivs": ("srs",),
     "ptrs": ("dt", "pasid"),
     "sms": ("prs",),
+    "ssirws": ("ssts",),
+    "eimer": ("eim",),
+    "irreq": ("ir",),
 }
 
 #: What this emulation does not do, so that no unit may offer it.
-_ABSENT = ("rwbf", "pi", "ecmds", "mts", "vcs", "pms", "hpts")
+ABSENT = ("rwbf", "pi", "ecmds", "mts", "vcs", "tdxcs", "pms", "hpts", "ssirws", "hpt1gps", "rdts")
 
 
 @dataclass(frozen=True)
@@ -156,12 +165,18 @@ class Features:
     fsts: int = 0
     smpwcs: int = 0
     rps: int = 0
+    tdxcs: int = 0
     pms: int = 0
     adms: int = 0
     rprivs: int = 0
     hpts: int = 0
     ptrs: int = 0
+    ssirws: int = 0
     sms: int = 0
+    hpt1gps: int = 0
+    rdts: int = 0
+    eimer: int = 0
+    irreq: int = 0
 
     def __post_init__(self) -> None:
         for name, (_, _, bits) in _LAYOUT.items():
@@ -171,7 +186,7 @@ class Features:
             for other in NEEDS.get(name, ()):
                 if value and not getattr(self, other):
                     raise ValueError(f"{name} needs {other}")
-        for name in _ABSENT:
+        for name in ABSENT:
             if getattr(self, name):
                 raise ValueError(f"{name} is not emulated")
         if self.sslps not in (0, 1, 3):
@@ -243,15 +258,20 @@ class Capabilities:
         "device_tlb",
         "device_tlb_throttle",
         "ecap",
+        "enhanced_interrupt_pointer",
         "enhanced_root_pointer",
         "execute",
         "extended_accessed",
+        "extended_interrupts",
+        "extended_interrupts_required",
         "fault_offset",
         "fault_records",
         "first_stage",
         "first_stage_5_levels",
         "first_stage_gigabytes",
+        "handle_mask_max",
         "interrupt_remapping",
+        "interrupts_required",
         "iotlb_offset",
         "mgaw",
         "ndoms",
@@ -300,14 +320,17 @@ class Capabilities:
         self.am_max = cap >> 48 & 0x3F
         self.first_stage_gigabytes = bool(cap >> 56 & 1)
         self.first_stage_5_levels = bool(cap >> 60 & 1)
+        self.enhanced_interrupt_pointer = bool(cap >> 62 & 1)
         self.enhanced_root_pointer = bool(cap >> 63 & 1)
         self.zero_length_read = bool(cap >> 22 & 1)
         self.queued_invalidation = bool(ecap >> 1 & 1)
         self.device_tlb = bool(ecap >> 2 & 1)
         self.interrupt_remapping = bool(ecap >> 3 & 1)
+        self.extended_interrupts = bool(ecap >> 4 & 1)
         self.pass_through = bool(ecap >> 6 & 1)
         self.snoop_control = bool(ecap >> 7 & 1)
         self.iotlb_offset = (ecap >> 8 & 0x3FF) * 16
+        self.handle_mask_max = ecap >> 20 & 0xF
         self.nested = bool(ecap >> 26 & 1)
         self.page_request = bool(ecap >> 29 & 1)
         self.execute = bool(ecap >> 30 & 1)
@@ -328,6 +351,8 @@ class Capabilities:
         self.rid_priv = bool(ecap >> 53 & 1)
         self.translated_pasid = bool(ecap >> 56 & 1)
         self.stop_marker = bool(ecap >> 58 & 1)
+        self.extended_interrupts_required = bool(ecap >> 61 & 1)
+        self.interrupts_required = bool(ecap >> 62 & 1)
 
     @property
     def features(self) -> Features:

@@ -152,7 +152,11 @@ class InvalidationQueue:
         if kind == qi.IEC_TYPE:
             if low & qi.IEC_RESERVED_LOW or high:
                 return regs.IQEI_RESERVED
-            return _DONE  # nothing is cached of interrupts
+            mask = low >> qi.IEC_IM_SHIFT & qi.IEC_IM_MASK
+            if mask > self._caps.handle_mask_max:
+                return regs.IQEI_RESERVED
+            self._unit.interrupts.invalidate(low >> qi.IEC_IIDX_SHIFT & 0xFFFF if low & qi.IEC_INDEXED else None, mask)
+            return _DONE
         if kind == qi.DIOTLB_TYPE and self._caps.device_tlb:
             if low & self._device_reserved or high & qi.DIOTLB_RESERVED_HIGH:
                 return regs.IQEI_RESERVED

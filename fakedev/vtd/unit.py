@@ -2,14 +2,12 @@
 
 Mirrors the VT-d specification, revision 5.10: chapter 3 (translation), 6 (caches and their invalidation), 7 (faults),
 11.4 (registers). This file has the registers and legacy mode; `scalable` has the other mode, `queue` the invalidation
-queue, `ats` translation and page requests. It reads tables from memory and nothing else; in legacy mode it caches
-context entries by request id, and translations and tables by domain id; with caching mode (CM) it caches what was not
-present, too, so that a driver which forgets to invalidate after mapping is found out. How much it caches is `caching`.
+queue, `ats` translation and page requests, `interrupts` the remapping of messages. It reads tables from memory and
+nothing else; in legacy mode it caches context entries by request id, and translations and tables by domain id; with
+caching mode (CM) it caches what was not present, too, so that a driver which forgets to invalidate after mapping is
+found out. How much it caches is `caching`.
 
-Left out: zero-length reads. INTERRUPT REMAPPING IS A CAPABILITY BIT ONLY: IRTA, SIRTP and IRE
-are accepted and shown in GSTS, and a write to 0xFEEx_xxxx goes to the interrupt controller as it is. UNVERIFIED: a
-request to that range that is no interrupt (a read, another length) is aborted by the device's port and leaves no fault
-record; the manual says that it is a fault, not which.
+Left out: zero-length reads.
 """
 
 from __future__ import annotations
@@ -38,7 +36,6 @@ from fakedev.pgtable.walker import (
     NOT_PRESENT,
     RESERVED_BITS,
     contiguous_pages,
-    explain,
     load_word,
     loader,
     walk,
@@ -50,7 +47,9 @@ from fakedev.vtd import descriptors as qi
 from fakedev.vtd import entries, faults, regs
 from fakedev.vtd.ats import TranslationServices
 from fakedev.vtd.events import Event
+from fakedev.vtd.explain import explain_legacy
 from fakedev.vtd.faults import FaultRecorder, Refused
+from fakedev.vtd.interrupts import InterruptRemapping
 from fakedev.vtd.page_requests import PageRequestQueue
 from fakedev.vtd.protected import ProtectedRegions
 from fakedev.vtd.queue import InvalidationQueue
@@ -114,6 +113,7 @@ class VtdUnit:
         "downstream",
         "format",
         "host_address_bits",
+        "interrupts",
         "memory",
         "mode",
         "read",
@@ -162,6 +162,7 @@ class VtdUnit:
         self._completion_event = Event("IE", regs.IECTL, send_interrupt)
         self._services = TranslationServices(self)
         self._page_requests = PageRequestQueue(memory, send_interrupt, self._services.answer)
+        self.interrupts = InterruptRemapping(self)
         self._protected = ProtectedRegions(caps, self._protection_changed)
         self.registers = RegisterFile(self._declare(version))
         at = self.registers.by_name
@@ -191,7 +192,7 @@ class VtdUnit:
             Register("ICS", regs.ICS, clears=regs.ICS_IWC, action=self._completion_status),
             *self._completion_event.registers,
             Register("IQERCD", regs.IQERCD, 8),
-            Register("IRTA", regs.IRTA, 8, writable=_ONES64 & ~0x7F0),
+            *self.interrupts.registers,
             Register("IVA", caps.iotlb_offset, 8, writable=_ONES64 & ~0xF80),
             Register("IOTLB", caps.iotlb_offset + 8, 8, writable=_ONES64, action=self._iotlb_command),
         ]
@@ -217,13 +218,15 @@ class VtdUnit:
         self._clear_caches()
         self.caching = self.scalable.caching = caching
         self.tlb.keep = caching.keep
-        caching.droppable(self.contexts.clear, self.tlb.clear, self.tables.clear, *self.scalable.droppers())
+        droppers = (self.contexts.clear, self.tlb.clear, self.tables.clear, self.interrupts.cache.clear)
+        caching.droppable(*droppers, *self.scalable.droppers())
 
     def reset(self) -> None:
         """Power-on: registers, caches, translation off."""
         self.registers.reset()
         self.recorder.restart()
         self._queue.forget()
+        self.interrupts.forget_table()
         self._enter(_OFF)
         self.mode = regs.TTM_LEGACY
         self._root = self.scalable.root = 0
@@ -233,19 +236,23 @@ class VtdUnit:
 
     def _command(self, _old: int, written: int) -> None:
         before = status = self._gsts.value
+        remapping = regs.IRE | regs.CFI if self.caps.interrupt_remapping else 0
         if written & regs.SRTP:
             self._set_root(self._rtaddr.value)
             status |= regs.SRTP
-        if written & regs.SIRTP:
+        if written & regs.SIRTP and remapping:
+            self.interrupts.load_table()
             status |= regs.SIRTP
         if (written ^ status) & regs.QIE:
             self._iqh.value = 0
             self._queue.forget()
-        status = status & ~(regs.TE | regs.QIE | regs.IRE | regs.CFI)
-        status |= written & (regs.TE | regs.QIE | regs.IRE | regs.CFI)
+        switches = regs.TE | regs.QIE | remapping
+        status = status & ~switches | written & switches
         self._gsts.value = status
         if before & regs.TE and not status & regs.TE and self.caps.scalable:
             self._clear_caches()
+        if before & regs.IRE and not status & regs.IRE and self.caps.enhanced_interrupt_pointer:
+            self.interrupts.invalidate()
         if not status & (regs.TE | regs.IRE):
             self.recorder.restart()
         self._set_state()
@@ -470,6 +477,19 @@ class VtdUnit:
         """GSTS.TES."""
         return bool(self._gsts.value & regs.TE)
 
+    @property
+    def status(self) -> int:
+        """GSTS."""
+        return self._gsts.value
+
+    def interrupt(self, port: DmaPort, address: int, data: int) -> tuple[int, int]:
+        """Remap a message: the (address, data) that goes to the processors. TranslationFault."""
+        return self.interrupts.message(port.rid, address, data)
+
+    def illegal_interrupt(self, port: DmaPort, address: int, length: int, access: int) -> NoReturn:
+        """Refuse a request to the interrupt range that is no message. TranslationFault."""
+        self.interrupts.illegal(DmaRequest(port.rid, NO_PASID, address, length, access))
+
     def translated(self, port: DmaPort, pasid: int, address: int, length: int, access: int) -> Run:
         """Check a translated request (AT=10b). Raises TranslationFault."""
         return self._services.translated(port, pasid, address, length, access)
@@ -491,7 +511,7 @@ class VtdUnit:
 
     def _fetch_context(self, rid: int) -> _Context:
         """Read the root and the context entry of a source, and cache what was found."""
-        context = self._read_context(rid)
+        context = self.read_context(rid)
         if not self.caching.keep():
             return context
         if not context.reason:
@@ -501,7 +521,8 @@ class VtdUnit:
             self.contexts[rid] = context
         return context
 
-    def _read_context(self, rid: int) -> _Context:
+    def read_context(self, rid: int) -> _Context:
+        """The root and the context entry of a source, from memory."""
         memory = self.memory
         try:
             where = (self._root & regs.ADDRESS_MASK) + (rid >> 8) * 16
@@ -595,9 +616,16 @@ class VtdUnit:
         else:
             text += " (fault processing is disabled for this source)"
         if self._on_fault is not None:
-            lines = self.explain(request.rid, request.address, request.pasid)
+            lines = (
+                [] if reason == faults.IR_ILLEGAL_REQUEST else self.explain(request.rid, request.address, request.pasid)
+            )
             self._on_fault("\n".join([text, *("  " + line for line in lines)]))
         raise TranslationFault(text)
+
+    def tell(self, text: str) -> None:
+        """For people: a message was refused."""
+        if self._on_fault is not None:
+            self._on_fault(text)
 
     def explain(self, rid: int, address: int, pasid: int = NO_PASID) -> list[str]:
         """The way from a source and an IOVA through the tables as they are in memory, a line a step."""
@@ -605,22 +633,4 @@ class VtdUnit:
             return self.scalable.explain(rid, pasid, address)
         if self.mode != regs.TTM_LEGACY:
             return ["no root table: " + faults.REASONS[faults.ABORT_MODE if self.mode == 3 else 0x30]]
-        context = self._read_context(rid)
-        cached = self.contexts.get(rid)
-        lines = []
-        if cached is not None and (cached.did, cached.root, cached.reason) != (
-            context.did if not context.reason else cached.did,
-            context.root,
-            context.reason,
-        ):
-            lines.append(f"the context cache still holds domain {cached.did:#x}, table {cached.root:#x}")
-        if context.reason:
-            return [*lines, f"context entry: {faults.REASONS[context.reason]}"]
-        if context.pass_through:
-            return [*lines, f"context entry: domain {context.did:#x}, pass-through"]
-        lines.append(f"context entry: domain {context.did:#x}, {context.top_level + 1} levels from {context.root:#x}")
-        run = self.tlb.lookup(context.did, address)
-        if run is not None:
-            allowed = "".join(name for bit, name in ((READ, "R"), (WRITE, "W")) if run[3] & bit) or "nothing"
-            lines.append(f"IOTLB: iova {run[0]:#x}-{run[1] - 1:#x} at {run[0] + run[2]:#x}, allows {allowed}")
-        return lines + explain(self.format, self._load, context.root, context.top_level, address)
+        return explain_legacy(self, rid, address)

@@ -27,6 +27,7 @@ from kernel_model.iommu.core import (
 )
 from kernel_model.iommu.intel.dmar import IntelUnit
 from kernel_model.iommu.intel.iommu import IntelIommu
+from kernel_model.iommu.intel.irq_remapping import IrqRemapping
 from kernel_model.iommu.mock.iommu import MockIommu
 from kernel_model.iommu.pci_group import pci_device_group
 from kernel_model.iommu.sysfs import publish
@@ -44,12 +45,28 @@ Probe = Callable[["Kernel"], dict[int, IommuDriver]]
 
 def _probe_intel(kernel: Kernel) -> dict[int, IommuDriver]:
     found: dict[int, IommuDriver] = {}
-    for number, (base, rids) in enumerate(kernel.machine.vtd_units):
-        unit = IntelUnit(kernel.machine, kernel.pages, base)
+    units = [IntelUnit(kernel.machine, kernel.pages, base) for base, _ in kernel.machine.vtd_units]
+    for unit in units:
+        unit.enable_qi()
+    _enable_irq_remapping(kernel, units)
+    for number, (unit, (_, rids)) in enumerate(zip(units, kernel.machine.vtd_units, strict=True)):
         unit.start(kernel.interrupts, _FIRST_FAULT_VECTOR + number)
         driver = IntelIommu(unit, kernel.machine, number, write_only=has(kernel.release, "vtd-write-only"))
         found.update(dict.fromkeys(rids, driver))
     return found
+
+
+def _enable_irq_remapping(kernel: Kernel, units: list[IntelUnit]) -> None:
+    """intel_prepare_irq_remapping(): all units remap interrupts or none, and all in the same mode."""
+    if not units or not all(unit.caps.interrupt_remapping for unit in units):
+        return
+    extended = all(unit.caps.extended_interrupts for unit in units)
+    root = kernel.machine.root
+    for unit, (_, rids) in zip(units, kernel.machine.vtd_units, strict=True):
+        unit.irq_remapping = IrqRemapping(unit, root, extended)
+        unit.irq_remapping.enable()
+        for rid in rids:
+            kernel.interrupts.set_msi_domain(root.functions[rid], unit.irq_remapping)
 
 
 def _probe_smmu(kernel: Kernel) -> dict[int, IommuDriver]:

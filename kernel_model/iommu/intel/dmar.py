@@ -2,7 +2,7 @@
 
 Mirrors drivers/iommu/intel/dmar.c and the register half of iommu.c at 7.3. Everything goes through `machine.mmio` and
 words in RAM. A unit that has scalable mode is used in it. Left out: register-based invalidation (a unit without a queue
-is refused), interrupt remapping beyond switching it on, kexec, suspend.
+is refused), kexec, suspend.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from kernel_model.page_alloc import PageAllocator
 
 if TYPE_CHECKING:
     from kernel_model.iommu.intel.device import DeviceInfo
+    from kernel_model.iommu.intel.irq_remapping import IrqRemapping
 
 _QI_LENGTH = 256
 _QI_DONE = 2
@@ -65,6 +66,8 @@ class IntelUnit:
         #: Devices that take page faults; and who takes their page requests, where the unit has them.
         self.iopf_queue = IopfQueue()
         self.prq: PageRequestQueue | None = None
+        #: The table of interrupts, while they are remapped.
+        self.irq_remapping: IrqRemapping | None = None
         #: Domain ids in use (`domain_ida`).
         self.domain_ids: set[int] = set()
         #: Lines as the kernel's log has them, of the last faults.
@@ -92,16 +95,19 @@ class IntelUnit:
 
     # -- start-up ----------------------------------------------------------------------------------------------------
 
+    def enable_qi(self) -> None:
+        """dmar_enable_qi()."""
+        self._writel(regs.IQT, 0)
+        self._writeq(regs.IQA, self._queue | (regs.IQA_DW | 1 if self.scalable else 0))
+        self.command(regs.QIE, on=True)
+
     def start(self, interrupts: Interrupts, vector: int) -> None:
-        """init_dmars(): the queue, the root table, global flushes, the fault interrupt, translation on.
+        """init_dmars(): the root table, global flushes, the fault interrupt, translation on. The queue is on.
 
         `vector` is a free one outside of those that PCI functions get.
         """
-        self._writel(regs.IQT, 0)
-        self._writeq(regs.IQA, self._queue | (regs.IQA_DW | 1 if self.scalable else 0))
-        self._command(regs.QIE, on=True)
         self._writeq(regs.RTADDR, self._root | (regs.TTM_SCALABLE << regs.RTADDR_TTM_SHIFT if self.scalable else 0))
-        self._one_shot(regs.SRTP)
+        self.one_shot(regs.SRTP)
         if not self.caps.enhanced_root_pointer:  # else the unit has forgotten everything by itself
             self.flush_context(0, 0, qi.GLOBAL)
             if self.scalable:
@@ -112,21 +118,24 @@ class IntelUnit:
         self._writel(regs.FEADDR, MSI_ADDRESS)
         self._writel(regs.FEUADDR, 0)
         self._writel(regs.FECTL, 0)
-        if self.caps.interrupt_remapping:
-            self._one_shot(regs.SIRTP)
-            self._command(regs.IRE, on=True)
-        self._command(regs.TE, on=True)
+        self.command(regs.TE, on=True)
 
-    def _command(self, bit: int, on: bool) -> None:
+    def command(self, bit: int, on: bool) -> None:
+        """Switch a bit of GCMD, and see that GSTS follows."""
         self._gcmd = self._gcmd | bit if on else self._gcmd & ~bit
         self._writel(regs.GCMD, self._gcmd)
         if bool(self._readl(regs.GSTS) & bit) != on:
             raise KernelBug(f"the unit does not acknowledge command {bit:#x}")
 
-    def _one_shot(self, bit: int) -> None:
+    def one_shot(self, bit: int) -> None:
+        """Give a command of GCMD that has no off, and see that it was done."""
         self._writel(regs.GCMD, self._gcmd | bit)
         if not self._readl(regs.GSTS) & bit:
             raise KernelBug(f"the unit does not acknowledge command {bit:#x}")
+
+    def write_irta(self, value: int) -> None:
+        """The interrupt remapping table, for the next SIRTP."""
+        self._writeq(regs.IRTA, value)
 
     def _readl(self, offset: int) -> int:
         return self._mmio.read(self.base + offset, 4)
@@ -260,10 +269,16 @@ class IntelUnit:
             pasid = f"PASID {high >> regs.FRCD_PASID_SHIFT & 0xFFFFF:#x}" if high & regs.FRCD_PP else "NO_PASID"
             address = self._mmio.read(self.base + record, 8)
             self._writel(record + 12, regs.FRCD_F >> 32)
+            index = (index + 1) % self.caps.fault_records
+            if 0x20 <= reason < 0x27:
+                self.fault_log.append(
+                    f"DMAR: [INTR-REMAP] Request device [{sid >> 8:02x}:{sid >> 3 & 31:02x}.{sid & 7}] "
+                    f"fault index {address >> 48:#x} [fault reason {reason:#04x}] {faults.REASONS[reason]}"
+                )
+                continue
             self.fault_log.append(
                 f"DMAR: [DMA {'Read' if high & regs.FRCD_READ else 'Write'} {pasid}] Request device "
                 f"[{sid >> 8:02x}:{sid >> 3 & 31:02x}.{sid & 7}] fault addr {address:#x} "
                 f"[fault reason {reason:#04x}] {faults.REASONS.get(reason, 'unknown')}"
             )
-            index = (index + 1) % self.caps.fault_records
         self._writel(regs.FSTS, regs.FSTS_PFO | regs.FSTS_PPF)

@@ -145,7 +145,7 @@ class IntelIommu(IommuDriver):
         return sorted(found, key=lambda region: region.start)
 
     def device_isolated_msi(self, device: Device) -> bool:
-        return self.unit.caps.interrupt_remapping
+        return self.unit.irq_remapping is not None
 
     # -- domains -----------------------------------------------------------------------------------------------------
 
