@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from conformance.fail_nth import FailNth
+from conformance.layout import LAYOUT, find_layout
 from conformance.offers import PROBES, number, older
 from uapi.backend import DEV_IOMMU, Backend
 from uapi.behaviours import BY_ID
@@ -120,6 +121,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item in chosen]
     backend = config.stash[_FACTORY]()
     try:
+        if any("layout" in getattr(item, "fixturenames", ()) for item in items):
+            config.stash[LAYOUT] = find_layout(backend)
         for item in items:
             reason = _unfit(config, item, backend)
             if reason is not None:

@@ -15,6 +15,7 @@ import pytest
 
 from conformance.drivers.edu import BUFFER_SIZE, Edu, edu_functions
 from conformance.drivers.vfio import VfioDevice, iommu_group, take
+from conformance.layout import Layout
 from conformance.steps import PAGE, U64_MAX, destroy, fails, hwpt_alloc, ioas_alloc, iova_ranges, map_user
 from uapi.backend import Backend, File
 from uapi.iommufd import IOMMU_HWPT_ALLOC_PASID
@@ -28,10 +29,6 @@ from uapi.vfio import (
 pytestmark = [pytest.mark.needs("iommu", "edu_pair"), pytest.mark.since("6.6")]
 
 IOVA = 0x10_0000
-#: What is free of an IOAS with a VT-d domain and a device's reserved region.
-ATTACHED = [(0, 0xFEDF_FFFF), (0xFEF0_0000, (1 << 48) - 1)]
-APERTURE = [(0, (1 << 48) - 1)]
-
 
 Pair = tuple[VfioDevice, VfioDevice]
 
@@ -135,14 +132,14 @@ def test_second_cannot_go_elsewhere_and_no_hwpt_is_left(iommu: File, bound: Pair
     assert ioas_alloc(iommu) == there
 
 
-def test_refused_second_leaves_no_reservation(iommu: File, bound: Pair) -> None:
+def test_refused_second_leaves_no_reservation(iommu: File, bound: Pair, layout: Layout) -> None:
     first, second = bound
     here, there = ioas_alloc(iommu), ioas_alloc(iommu)
     first.attach(here)
     other = hwpt_alloc(iommu, second.devid, there)
     with fails(errno.EINVAL):
         second.attach(other)
-    assert iova_ranges(iommu, there) == APERTURE
+    assert iova_ranges(iommu, there) == layout.aperture
 
 
 def test_each_member_holds_the_hwpt(iommu: File, bound: Pair) -> None:
@@ -197,17 +194,17 @@ def test_member_that_left_may_come_back_to_the_same_only(iommu: File, bound: Pai
     assert first.attach(here) == hwpt
 
 
-def test_reservation_stays_until_the_last_member_leaves(iommu: File, bound: Pair) -> None:
+def test_reservation_stays_until_the_last_member_leaves(iommu: File, bound: Pair, layout: Layout) -> None:
     first, second = bound
     ioas = ioas_alloc(iommu)
     hwpt = hwpt_alloc(iommu, first.devid, ioas)
     for device in bound:
         device.attach(hwpt)
-    assert iova_ranges(iommu, ioas) == ATTACHED
+    assert iova_ranges(iommu, ioas) == layout.attached
     first.detach()
-    assert iova_ranges(iommu, ioas) == ATTACHED
+    assert iova_ranges(iommu, ioas) == layout.attached
     second.detach()
-    assert iova_ranges(iommu, ioas) == APERTURE
+    assert iova_ranges(iommu, ioas) == layout.aperture
 
 
 # -- replace ----------------------------------------------------------------------------------------------------------
@@ -232,20 +229,20 @@ def test_replace_of_one_moves_both(kernel: Backend, iommu: File, bound: Pair) ->
     buffer.close()
 
 
-def test_replace_moves_the_holds_and_the_reservations_of_both(iommu: File, bound: Pair) -> None:
+def test_replace_moves_the_holds_and_the_reservations_of_both(iommu: File, bound: Pair, layout: Layout) -> None:
     first, second = bound
     here, there = ioas_alloc(iommu), ioas_alloc(iommu)
     old, new = hwpt_alloc(iommu, first.devid, here), hwpt_alloc(iommu, first.devid, there)
     for device in bound:
         device.attach(old)
     assert first.attach(new) == new
-    assert iova_ranges(iommu, here) == APERTURE
-    assert iova_ranges(iommu, there) == ATTACHED
+    assert iova_ranges(iommu, here) == layout.aperture
+    assert iova_ranges(iommu, there) == layout.attached
     destroy(iommu, old)
     first.detach()
     with fails(errno.EBUSY):
         destroy(iommu, new)
-    assert iova_ranges(iommu, there) == ATTACHED
+    assert iova_ranges(iommu, there) == layout.attached
     second.detach()
     destroy(iommu, new)
 
@@ -273,18 +270,18 @@ def test_replace_by_a_member_that_is_not_attached_is_einval(iommu: File, bound: 
 
 @pytest.mark.parametrize("both", [False, True])
 def test_replace_over_an_area_in_the_interrupt_window_is_eaddrinuse_and_moves_nobody(
-    kernel: Backend, iommu: File, bound: Pair, both: bool
+    kernel: Backend, iommu: File, bound: Pair, both: bool, layout: Layout
 ) -> None:
     here, there = ioas_alloc(iommu), ioas_alloc(iommu)
     buffer = kernel.buffer(PAGE)
-    map_user(iommu, there, buffer.address, PAGE, 0xFEE0_0000)
+    map_user(iommu, there, buffer.address, PAGE, layout.msi_start)
     old = bound[0].attach(here)
     if both:
         bound[1].attach(here)
     with fails(errno.EADDRINUSE):
         bound[0].attach(there)
     assert bound[0].attach(old) == old
-    assert iova_ranges(iommu, here) == ATTACHED
+    assert iova_ranges(iommu, here) == layout.attached
     assert iova_ranges(iommu, there) == [(0, U64_MAX)]
     buffer.close()
 

@@ -1,7 +1,7 @@
 """What a bound device adds to iommufd: attachments, who holds whom, reserved regions, pins.
 
-Sources: drivers/iommu/iommufd/device.c, io_pagetable.c. GET_HW_INFO and HWPT_ALLOC are in test_vfio_hwpt. Where the
-answer depends on the IOMMU (aperture, reserved window), the tests speak of VT-d.
+Sources: drivers/iommu/iommufd/device.c, io_pagetable.c. GET_HW_INFO and HWPT_ALLOC are in test_vfio_hwpt. The
+aperture and the reserved window are the machine's (layout.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 
 from conformance.arena import arena
 from conformance.drivers.vfio import VfioDevice
+from conformance.layout import Layout
 from conformance.steps import (
     NOWHERE,
     PAGE,
@@ -45,11 +46,6 @@ from uapi.vfio import (
 )
 
 pytestmark = pytest.mark.needs("iommu", "root", "vfio_cdev")
-
-#: VT-d keeps the interrupt window out of every IOAS that a device is attached to.
-MSI_FIRST, MSI_LAST = 0xFEE00000, 0xFEEFFFFF
-#: Last IOVA of a second-stage table of four levels.
-TOP = (1 << 48) - 1
 
 
 # ------------------------------------------------------------------------------------------------------- who holds whom
@@ -166,35 +162,37 @@ def test_rlimit_mode_cannot_be_set_while_a_device_is_bound(device: VfioDevice, i
 # -------------------------------------------------------------------------------------------- ranges and reserved IOVAs
 
 
-def test_hwpt_narrows_the_ranges_to_its_aperture(device: VfioDevice, iommu: File, ioas: int) -> None:
+def test_hwpt_narrows_the_ranges_to_its_aperture(device: VfioDevice, iommu: File, ioas: int, layout: Layout) -> None:
     assert iova_ranges(iommu, ioas) == [(0, U64_MAX)]
     hwpt = hwpt_alloc(iommu, device.devid, ioas)
-    assert iova_ranges(iommu, ioas) == [(0, TOP)]
+    assert iova_ranges(iommu, ioas) == layout.aperture
     destroy(iommu, hwpt)
     assert iova_ranges(iommu, ioas) == [(0, U64_MAX)]
 
 
-def test_attach_reserves_the_interrupt_window(device: VfioDevice, iommu: File, ioas: int) -> None:
+def test_attach_reserves_the_interrupt_window(device: VfioDevice, iommu: File, ioas: int, layout: Layout) -> None:
     device.attach(ioas)
-    assert iova_ranges(iommu, ioas) == [(0, MSI_FIRST - 1), (MSI_LAST + 1, TOP)]
+    assert iova_ranges(iommu, ioas) == layout.attached
     device.detach()
     assert iova_ranges(iommu, ioas) == [(0, U64_MAX)]
 
 
-def test_replace_moves_the_reservation(device: VfioDevice, iommu: File, ioas: int) -> None:
+def test_replace_moves_the_reservation(device: VfioDevice, iommu: File, ioas: int, layout: Layout) -> None:
     other = ioas_alloc(iommu)
     device.attach(ioas)
     device.attach(other)
     assert iova_ranges(iommu, ioas) == [(0, U64_MAX)]
-    assert iova_ranges(iommu, other) == [(0, MSI_FIRST - 1), (MSI_LAST + 1, TOP)]
+    assert iova_ranges(iommu, other) == layout.attached
 
 
-def test_replace_within_one_ioas_keeps_the_reservation(device: VfioDevice, iommu: File, ioas: int) -> None:
+def test_replace_within_one_ioas_keeps_the_reservation(
+    device: VfioDevice, iommu: File, ioas: int, layout: Layout
+) -> None:
     device.attach(ioas)
     device.attach(hwpt_alloc(iommu, device.devid, ioas))
-    assert iova_ranges(iommu, ioas) == [(0, MSI_FIRST - 1), (MSI_LAST + 1, TOP)]
+    assert iova_ranges(iommu, ioas) == layout.attached
     device.detach()
-    assert iova_ranges(iommu, ioas) == [(0, TOP)]
+    assert iova_ranges(iommu, ioas) == layout.aperture
 
 
 def test_attach_raises_the_alignment_to_a_page(device: VfioDevice, iommu: File, ioas: int) -> None:
@@ -205,18 +203,22 @@ def test_attach_raises_the_alignment_to_a_page(device: VfioDevice, iommu: File, 
     assert iova_alignment(iommu, ioas) == 1
 
 
-@pytest.mark.parametrize("iova", [MSI_FIRST - PAGE, MSI_FIRST, MSI_LAST + 1 - PAGE], ids=["across", "first", "last"])
-def test_map_into_the_interrupt_window_is_einval(device: VfioDevice, iommu: File, ioas: int, iova: int) -> None:
+@pytest.mark.parametrize("where", ["across", "first", "last"])
+def test_map_into_the_interrupt_window_is_einval(
+    device: VfioDevice, iommu: File, ioas: int, layout: Layout, where: str
+) -> None:
     device.attach(ioas)
+    start = layout.msi_start
+    iova = {"across": start - PAGE, "first": start, "last": layout.msi_last + 1 - PAGE}[where]
     with fails(errno.EINVAL):
         map_user(iommu, ioas, NOWHERE, 2 * PAGE, iova)
 
 
-def test_map_beyond_the_aperture_is_einval(device: VfioDevice, iommu: File, ioas: int) -> None:
+def test_map_beyond_the_aperture_is_einval(device: VfioDevice, iommu: File, ioas: int, layout: Layout) -> None:
     hwpt_alloc(iommu, device.devid, ioas)
     with fails(errno.EINVAL):
-        map_user_page(iommu, ioas, TOP + 1)
-    map_user_page(iommu, ioas, TOP + 1 - PAGE)
+        map_user_page(iommu, ioas, layout.last + 1)
+    map_user_page(iommu, ioas, layout.last + 1 - PAGE)
 
 
 @pytest.mark.parametrize(("iova", "length"), [(1, PAGE), (0x1800, PAGE), (PAGE, 100), (PAGE, PAGE + 1)])
@@ -234,8 +236,10 @@ def test_map_of_a_misaligned_address_is_einval_once_attached(device: VfioDevice,
         map_user(iommu, ioas, NOWHERE + 1, PAGE, PAGE)
 
 
-def test_attach_over_an_area_in_the_interrupt_window_is_eaddrinuse(device: VfioDevice, iommu: File, ioas: int) -> None:
-    map_user_page(iommu, ioas, MSI_FIRST + PAGE)
+def test_attach_over_an_area_in_the_interrupt_window_is_eaddrinuse(
+    device: VfioDevice, iommu: File, ioas: int, layout: Layout
+) -> None:
+    map_user_page(iommu, ioas, layout.msi_start + PAGE)
     with fails(errno.EADDRINUSE):
         device.attach(ioas)
     unmap_all(iommu, ioas)
@@ -243,57 +247,65 @@ def test_attach_over_an_area_in_the_interrupt_window_is_eaddrinuse(device: VfioD
 
 
 def test_attach_over_an_allowed_range_in_the_interrupt_window_is_eaddrinuse(
-    device: VfioDevice, iommu: File, ioas: int
+    device: VfioDevice, iommu: File, ioas: int, layout: Layout
 ) -> None:
-    allow_iovas(iommu, ioas, [(MSI_FIRST - PAGE, MSI_FIRST)])
+    allow_iovas(iommu, ioas, [(layout.msi_start - PAGE, layout.msi_start)])
     with fails(errno.EADDRINUSE):
         device.attach(ioas)
     allow_iovas(iommu, ioas, [])
     device.attach(ioas)
 
 
-def test_allowing_a_reserved_range_is_eaddrinuse(device: VfioDevice, iommu: File, ioas: int) -> None:
+def test_allowing_a_reserved_range_is_eaddrinuse(device: VfioDevice, iommu: File, ioas: int, layout: Layout) -> None:
     device.attach(ioas)
-    for span in ((MSI_LAST, MSI_LAST + 10), (TOP, TOP + 1), (TOP + 1, TOP + 2)):
+    for span in (
+        (layout.msi_last, layout.msi_last + 10),
+        (layout.last, layout.last + 1),
+        (layout.last + 1, layout.last + 2),
+    ):
         with fails(errno.EADDRINUSE):
             allow_iovas(iommu, ioas, [span])
-    allow_iovas(iommu, ioas, [(MSI_LAST + 1, TOP)])
+    allow_iovas(iommu, ioas, [(layout.msi_last + 1, layout.last)])
 
 
 def test_replace_over_an_area_in_the_interrupt_window_is_eaddrinuse_and_keeps_the_old(
-    device: VfioDevice, iommu: File, ioas: int
+    device: VfioDevice, iommu: File, ioas: int, layout: Layout
 ) -> None:
     other = ioas_alloc(iommu)
-    map_user_page(iommu, other, MSI_FIRST)
+    map_user_page(iommu, other, layout.msi_start)
     hwpt = device.attach(ioas)
     with fails(errno.EADDRINUSE):
         device.attach(other)
     with fails(errno.EBUSY):
         destroy(iommu, hwpt)
-    assert iova_ranges(iommu, ioas) == [(0, MSI_FIRST - 1), (MSI_LAST + 1, TOP)]
+    assert iova_ranges(iommu, ioas) == layout.attached
     assert iova_ranges(iommu, other) == [(0, U64_MAX)]
 
 
-def test_hwpt_alloc_does_not_mind_an_area_in_the_interrupt_window(device: VfioDevice, iommu: File, ioas: int) -> None:
-    map_user_page(iommu, ioas, MSI_FIRST)
+def test_hwpt_alloc_does_not_mind_an_area_in_the_interrupt_window(
+    device: VfioDevice, iommu: File, ioas: int, layout: Layout
+) -> None:
+    map_user_page(iommu, ioas, layout.msi_start)
     hwpt = hwpt_alloc(iommu, device.devid, ioas)
     with fails(errno.EADDRINUSE):
         device.attach(hwpt)
 
 
-def test_hwpt_alloc_over_an_area_beyond_the_aperture_is_eaddrinuse(device: VfioDevice, iommu: File, ioas: int) -> None:
-    map_user_page(iommu, ioas, TOP + 1)
+def test_hwpt_alloc_over_an_area_beyond_the_aperture_is_eaddrinuse(
+    device: VfioDevice, iommu: File, ioas: int, layout: Layout
+) -> None:
+    map_user_page(iommu, ioas, layout.last + 1)
     with fails(errno.EADDRINUSE):
         hwpt_alloc(iommu, device.devid, ioas)
 
 
 def test_hwpt_alloc_over_an_allowed_range_beyond_the_aperture_is_eaddrinuse(
-    device: VfioDevice, iommu: File, ioas: int
+    device: VfioDevice, iommu: File, ioas: int, layout: Layout
 ) -> None:
-    allow_iovas(iommu, ioas, [(0, TOP + 1)])
+    allow_iovas(iommu, ioas, [(0, layout.last + 1)])
     with fails(errno.EADDRINUSE):
         hwpt_alloc(iommu, device.devid, ioas)
-    allow_iovas(iommu, ioas, [(0, TOP)])
+    allow_iovas(iommu, ioas, layout.aperture)
     hwpt_alloc(iommu, device.devid, ioas)
 
 
@@ -441,12 +453,14 @@ def test_huge_pages_cannot_be_turned_off_with_a_table_and_an_area(device: VfioDe
     map_user_page(iommu, ioas)
 
 
-def test_auto_iova_avoids_the_interrupt_window(device: VfioDevice, iommu: File, ioas: int) -> None:
+def test_auto_iova_avoids_the_interrupt_window(device: VfioDevice, iommu: File, ioas: int, layout: Layout) -> None:
     device.attach(ioas)
-    allow_iovas(iommu, ioas, [(MSI_FIRST - PAGE, MSI_FIRST - 1), (MSI_LAST + 1, MSI_LAST + PAGE)])
+    allow_iovas(
+        iommu, ioas, [(layout.msi_start - PAGE, layout.msi_start - 1), (layout.msi_last + 1, layout.msi_last + PAGE)]
+    )
     va = (ctypes.addressof(_PAGE) + PAGE - 1) & ~(PAGE - 1)
-    assert map_user(iommu, ioas, va, PAGE) == MSI_FIRST - PAGE
-    assert map_user(iommu, ioas, va, PAGE) == MSI_LAST + 1
+    assert map_user(iommu, ioas, va, PAGE) == layout.msi_start - PAGE
+    assert map_user(iommu, ioas, va, PAGE) == layout.msi_last + 1
     with fails(errno.ENOSPC):
         map_user(iommu, ioas, va, PAGE)
 

@@ -11,6 +11,7 @@ import errno
 import pytest
 
 from conformance.drivers.vfio import VfioDevice
+from conformance.layout import Layout
 from conformance.steps import PAGE, U64_MAX, destroy, fails, hwpt_alloc, ioas_alloc, iova_ranges, map_user
 from uapi.backend import Backend, File
 from uapi.iommufd import IOMMU_HWPT_ALLOC_PASID
@@ -22,12 +23,6 @@ from uapi.vfio import (
 )
 
 pytestmark = [pytest.mark.needs("iommu", "dma_device", "vfio_cdev"), pytest.mark.since("6.15")]
-
-LAST = (1 << 48) - 1
-APERTURE = [(0, LAST)]
-#: Without the window of interrupts, a reserved region of every device.
-ATTACHED = [(0, 0xFEDF_FFFF), (0xFEF0_0000, LAST)]
-MSI = 0xFEE0_0000
 
 
 def attach(device: VfioDevice, pasid: int, pt_id: int) -> int:
@@ -84,10 +79,12 @@ def test_hwpt_without_the_flag_is_einval(device: VfioDevice, iommu: File, ioas: 
         attach(device, 1, for_pasids(iommu, device, ioas))
 
 
-def test_pasid_zero_with_the_flag_is_the_devices_own_attachment(device: VfioDevice, iommu: File, ioas: int) -> None:
+def test_pasid_zero_with_the_flag_is_the_devices_own_attachment(
+    device: VfioDevice, iommu: File, ioas: int, layout: Layout
+) -> None:
     """VFIO counts it among the PASIDs, iommufd does not."""
     hwpt = attach(device, 0, ioas)
-    assert iova_ranges(iommu, ioas) == ATTACHED
+    assert iova_ranges(iommu, ioas) == layout.attached
     with fails(errno.EBUSY):
         device.attach(ioas)
     detach(device, 0)
@@ -95,36 +92,38 @@ def test_pasid_zero_with_the_flag_is_the_devices_own_attachment(device: VfioDevi
         destroy(iommu, hwpt)
 
 
-def test_pasid_reserves_nothing(kernel: Backend, device: VfioDevice, iommu: File, ioas: int) -> None:
+def test_pasid_reserves_nothing(kernel: Backend, device: VfioDevice, iommu: File, ioas: int, layout: Layout) -> None:
     hwpt = for_pasids(iommu, device, ioas)
     attach(device, 1, hwpt)
-    assert iova_ranges(iommu, ioas) == APERTURE
+    assert iova_ranges(iommu, ioas) == layout.aperture
     buffer = kernel.buffer(PAGE)
-    map_user(iommu, ioas, buffer.address, PAGE, MSI)
+    map_user(iommu, ioas, buffer.address, PAGE, layout.msi_start)
     with fails(errno.EADDRINUSE):
         device.attach(hwpt)
-    assert iova_ranges(iommu, ioas) == APERTURE
+    assert iova_ranges(iommu, ioas) == layout.aperture
     detach(device, 1)
     buffer.close()
 
 
 def test_own_attachment_reserves_beside_a_pasid_and_gives_back_alone(
-    device: VfioDevice, iommu: File, ioas: int
+    device: VfioDevice, iommu: File, ioas: int, layout: Layout
 ) -> None:
     other = ioas_alloc(iommu)
     hwpt, elsewhere = for_pasids(iommu, device, ioas), for_pasids(iommu, device, other)
     attach(device, 1, elsewhere)
     device.attach(hwpt)
-    assert (iova_ranges(iommu, ioas), iova_ranges(iommu, other)) == (ATTACHED, APERTURE)
+    assert (iova_ranges(iommu, ioas), iova_ranges(iommu, other)) == (layout.attached, layout.aperture)
     attach(device, 1, hwpt)
-    assert (iova_ranges(iommu, ioas), iova_ranges(iommu, other)) == (ATTACHED, APERTURE)
+    assert (iova_ranges(iommu, ioas), iova_ranges(iommu, other)) == (layout.attached, layout.aperture)
     detach(device, 1)
-    assert iova_ranges(iommu, ioas) == ATTACHED
+    assert iova_ranges(iommu, ioas) == layout.attached
     device.detach()
-    assert iova_ranges(iommu, ioas) == APERTURE
+    assert iova_ranges(iommu, ioas) == layout.aperture
 
 
-def test_own_attachment_needs_the_flag_while_a_pasid_is_attached(device: VfioDevice, iommu: File, ioas: int) -> None:
+def test_own_attachment_needs_the_flag_while_a_pasid_is_attached(
+    device: VfioDevice, iommu: File, ioas: int, layout: Layout
+) -> None:
     other = ioas_alloc(iommu)
     hwpt = for_pasids(iommu, device, ioas)
     attach(device, 1, hwpt)
@@ -132,31 +131,35 @@ def test_own_attachment_needs_the_flag_while_a_pasid_is_attached(device: VfioDev
         with fails(errno.EINVAL):
             device.attach(number)
     assert iova_ranges(iommu, other) == [(0, U64_MAX)]
-    assert iova_ranges(iommu, ioas) == APERTURE
+    assert iova_ranges(iommu, ioas) == layout.aperture
     assert device.attach(hwpt) == hwpt
 
 
-def test_refused_replace_within_an_ioas_gives_up_its_reservation(device: VfioDevice, iommu: File, ioas: int) -> None:
+def test_refused_replace_within_an_ioas_gives_up_its_reservation(
+    device: VfioDevice, iommu: File, ioas: int, layout: Layout
+) -> None:
     """The kernel takes the regions back from the IOAS that the device was to go to, which is where it stays."""
     hwpt, plain = for_pasids(iommu, device, ioas), hwpt_alloc(iommu, device.devid, ioas)
     attach(device, 1, hwpt)
     device.attach(hwpt)
-    assert iova_ranges(iommu, ioas) == ATTACHED
+    assert iova_ranges(iommu, ioas) == layout.attached
     with fails(errno.EINVAL):
         device.attach(plain)
-    assert iova_ranges(iommu, ioas) == APERTURE
+    assert iova_ranges(iommu, ioas) == layout.aperture
     device.detach()
-    assert iova_ranges(iommu, ioas) == APERTURE
+    assert iova_ranges(iommu, ioas) == layout.aperture
 
 
-def test_refused_replace_by_another_ioas_keeps_the_reservation(device: VfioDevice, iommu: File, ioas: int) -> None:
+def test_refused_replace_by_another_ioas_keeps_the_reservation(
+    device: VfioDevice, iommu: File, ioas: int, layout: Layout
+) -> None:
     other = ioas_alloc(iommu)
     hwpt = for_pasids(iommu, device, ioas)
     attach(device, 1, hwpt)
     device.attach(hwpt)
     with fails(errno.EINVAL):
         device.attach(other)
-    assert iova_ranges(iommu, ioas) == ATTACHED
+    assert iova_ranges(iommu, ioas) == layout.attached
     assert iova_ranges(iommu, other) == [(0, U64_MAX)]
 
 

@@ -22,6 +22,7 @@ from conformance.dsa_offers import (
     lacks_stalls,
     lacks_waiting,
 )
+from conformance.layout import LAYOUT, Layout
 from conformance.steps import ioas_alloc
 from uapi.backend import Backend, File
 
@@ -120,3 +121,11 @@ def asking_dsa(kernel: Backend, iommu: File) -> Iterator[Dsa]:
 def waiting_dsa(kernel: Backend, iommu: File) -> Iterator[Dsa]:
     """One whose requests wait for its client, whichever way."""
     yield from _dsa(kernel, iommu, lacks_waiting)
+
+
+@pytest.fixture
+def layout(request: pytest.FixtureRequest) -> Layout:
+    """Where the device's domains end, and where interrupts go."""
+    found = request.config.stash[LAYOUT]
+    assert found is not None, "no device behind an IOMMU that the suite knows"
+    return found
