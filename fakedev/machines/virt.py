@@ -3,8 +3,8 @@ takes MSIs.
 
 Functions of `virt-smmuv3` are at the same addresses with the same ids and BARs as in `iommulab conformance --on vm`,
 and the registers of its SMMU say what QEMU 10.0.2's say; only `edu` does anything. `virt-smmuv3-max` is the same board
-with an SMMU that has everything that `fakedev/smmuv3` has, and with a DMA engine that has PASIDs, ATS and PRI; no QEMU
-is like it. RAM starts at 1 GiB; below it are registers, and from 512 GiB on BARs of 64 bits.
+with an SMMU that has everything that `fakedev/smmuv3` has, and with two DMA engines that have PASIDs: one also ATS and
+PRI; of the other, in the manner of KunPeng 920's, the firmware says that its requests may stall. No QEMU is like it. RAM starts at 1 GiB; below it are registers, and from 512 GiB on BARs of 64 bits.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def virt_smmuv3() -> Machine:
 
 
 def virt_smmuv3_max() -> Machine:
-    portals = _BARS_64 + 0x10_0000
-    return _board("virt-smmuv3-max", EVERYTHING, Dsa("0000:00:11.0", portals - MMIO_SIZE, portals))
+    first, second = (_BARS_64 + n * 0x10_0000 for n in (1, 2))
+    asking = Dsa("0000:00:11.0", first - MMIO_SIZE, first)
+    return _board("virt-smmuv3-max", EVERYTHING, asking, Dsa("0000:00:12.0", second - MMIO_SIZE, second, ats=False))
 
 
 def _board(name: str, features: Features, *more: PciFunction) -> Machine:
@@ -59,5 +60,6 @@ def _board(name: str, features: Features, *more: PciFunction) -> Machine:
         *more,
     ]
     for function in functions:
-        box.add(function, unit)
+        stalls = isinstance(function, Dsa) and function.port.ats is None
+        box.add(function, unit, ["dma-can-stall"] if stalls else [])
     return box
