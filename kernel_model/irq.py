@@ -233,24 +233,44 @@ class Interrupts:
 
 
 class _ItsDomain(MsiDomain):
-    """Messages to a GIC's doorbell. `prepare` is `iommu_dma_prepare_msi()`: where a function writes to reach it."""
+    """Messages to a GIC's doorbell. `prepare` is `iommu_dma_prepare_msi()`: where a function writes to reach it.
+
+    As in `its_irq_domain_alloc()` of 7.3, events that were taken before it refuses are never given back: a function
+    with one vector that asked once where its domain maps no doorbell gets ENOSPC from then on.
+    """
 
     multi = True
 
     def __init__(self, doorbell: int, prepare: Callable[[PciFunction, int], int]) -> None:
         self._doorbell = doorbell
         self._prepare = prepare
-        self._addresses: dict[int, int] = {}
+        #: By request id: where the function writes, and its first event.
+        self._messages: dict[int, tuple[int, int]] = {}
+        #: How many events of a function are lost.
+        self._lost: dict[int, int] = {}
 
     def alloc(self, function: PciFunction, count: int) -> int:
-        self._addresses[function.rid] = self._prepare(function, self._doorbell)
-        return function.rid
+        rid, block = function.rid, 1 << (count - 1).bit_length()
+        first = -(-self._lost.get(rid, 0) // block) * block
+        if function.msi is None or first + block > function.msi.vectors:
+            raise KernelError(errno.ENOSPC, "the function has no event left")
+        try:
+            self._messages[rid] = self._prepare(function, self._doorbell), first
+        except KernelError:
+            self._lost[rid] = first + block
+            raise
+        return rid
 
     def compose(self, allocation: int, first: int) -> tuple[int, int]:
-        return self._addresses[allocation], 0
+        return self._messages[allocation]
 
     def free(self, allocation: int) -> None:
-        del self._addresses[allocation]
+        del self._messages[allocation]
+
+    def position(self, rid: int, event: int) -> int:
+        """Which of the function's vectors an event is; negative for none."""
+        message = self._messages.get(rid)
+        return -1 if message is None else event - message[1]
 
 
 class GicInterrupts(Interrupts):
@@ -260,14 +280,14 @@ class GicInterrupts(Interrupts):
 
     def __init__(self, machine: Machine, prepare: Callable[[PciFunction, int], int]) -> None:
         super().__init__(machine)
-        self._default = _ItsDomain(machine.root.doorbell, prepare)
+        self._default = self._its = _ItsDomain(machine.root.doorbell, prepare)
         machine.root.doorbell_sink = self._translate
 
     def _translate(self, rid: int, event: int) -> None:
         """What the translation service does with a write of the function that has this request id."""
-        owned = self._vectors.get(rid)
-        if owned is not None and event in owned.active:
-            handler = self._handlers.get(owned.vectors[event])
+        owned, position = self._vectors.get(rid), self._its.position(rid, event)
+        if owned is not None and position in owned.active:
+            handler = self._handlers.get(owned.vectors[position])
             if handler is not None:
                 handler()
 
