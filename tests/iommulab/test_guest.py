@@ -59,7 +59,9 @@ def test_an_arm64_image_names_its_release(tmp_path: Path, packed: bool) -> None:
     assert (read.release, read.architecture) == ("7.3.4-x", "arm64")
 
 
-@pytest.mark.parametrize("content", [b"", b"no kernel" * 100, gzip.compress(b"no kernel")])
+@pytest.mark.parametrize(
+    "content", [b"", b"no kernel" * 100, gzip.compress(b"no kernel")], ids=["empty", "text", "packed"]
+)
 def test_a_file_that_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(UserError, match="file is not a kernel image: neither a bzImage for x86 nor an Image"):
