@@ -108,6 +108,10 @@ class FileSystem:
 
         self.add_node(path, open_attribute, mode)
 
+    def add_link_to(self, path: str, target: str) -> None:
+        """A link to an absolute path, as sysfs makes them: relative."""
+        self.add_link(path, os.path.relpath(target, os.path.dirname(path)))
+
     def add_link(self, path: str, target: str) -> None:
         self._parent(path)[_name(path)] = Link(target)
 

@@ -31,7 +31,7 @@ from kernel_model.iommu.intel.irq_remapping import IrqRemapping
 from kernel_model.iommu.intel.prq import PageRequests
 from kernel_model.iommu.mock.iommu import MockIommu
 from kernel_model.iommu.pci_group import pci_device_group
-from kernel_model.iommu.sysfs import publish
+from kernel_model.iommu.sysfs import pci_root, publish
 from uapi.behaviours import has
 from uapi.version import includes
 
@@ -119,7 +119,7 @@ def attach_drivers(kernel: Kernel) -> list[Device]:
     # From 6.8 a driver without firmware behind it was found by asking the first such driver: the real, if there is one.
     hidden = includes(kernel.release, "6.8") and not has(kernel.release, "mock-beside-a-real-iommu")
     kernel.mock_iommu = MockIommu(len(groups), kernel.release, hidden=hidden and bool(groups))
-    publish(kernel.files, devices)
+    publish(kernel.files, devices, pci_root(kernel.machine.host_bridge))
     return devices
 
 
