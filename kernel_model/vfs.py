@@ -109,8 +109,9 @@ class FileSystem:
         self.add_node(path, open_attribute, mode)
 
     def add_link_to(self, path: str, target: str) -> None:
-        """A link to an absolute path, as sysfs makes them: relative."""
-        self.add_link(path, os.path.relpath(target, os.path.dirname(path)))
+        """A link to an absolute path, relative as sysfs makes it: up to what the link and the target's directory share."""
+        up = os.path.relpath(os.path.dirname(target), os.path.dirname(path))
+        self.add_link(path, os.path.normpath(f"{up}/{os.path.basename(target)}"))
 
     def add_link(self, path: str, target: str) -> None:
         self._parent(path)[_name(path)] = Link(target)
