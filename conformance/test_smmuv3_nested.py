@@ -198,26 +198,29 @@ def test_stage_1_blocks(guest: Guest, edu: Edu) -> None:
     assert guest.read(B, SIZE) == b"aaaa"
 
 
-def test_a_guest_with_64_kib_pages(guest: Guest, edu: Edu, iommu: File) -> None:
-    """42-bit addresses: a table of level 2 and one of level 3, 64 KiB each."""
-    size, low = 1 << 16, 0xC000_0000
+@pytest.mark.parametrize(("granule", "tg0"), [(14, 2), (16, 1)], ids=["16 KiB", "64 KiB"])
+def test_a_guest_with_larger_pages(guest: Guest, edu: Edu, iommu: File, granule: int, tg0: int) -> None:
+    """Two levels of tables; the first has 512 entries, the second a granule, of which the first 4 KiB are used: QEMU
+    asks stage 2 only where a table begins, and takes the physical address of the first one to be aligned."""
+    size, low, index_bits, first, second = 1 << granule, 0xC000_0000, granule - 3, 0x10, 0x123
     memory = guest.kernel.buffer(3 * size)
     map_user(iommu, guest.ioas, memory.address, 3 * size, iova=low)
     words = memory.view.cast("B").cast("Q")
-    address = 0x2_1234_0000
-    words[address >> 29] = low + size | 3
-    words[size // 8 + (address >> 16 & 0x1FFF)] = low + 2 * size | PAGE_RW
-    memory.view[2 * size + 5 * PAGE : 2 * size + 5 * PAGE + SIZE] = b"64Ki"
-    cd = make_cd(low, tsz=64 - 42)
-    cd[0] |= 1 << 6  # TG0
+    words[first] = low + size | 3
+    words[size // 8 + second] = low + 2 * size | PAGE_RW
+    words.release()
+    memory.view[2 * size + 3 * PAGE : 2 * size + 3 * PAGE + SIZE] = b"far."
+    cd = make_cd(low, tsz=64 - granule - index_bits - 9)
+    cd[0] |= tg0 << 6
     guest.set_cd(cd)
     guest.enter(VSID)
-    edu.load(address + 5 * PAGE, SIZE)
-    edu.store(address + size - SIZE, SIZE)
-    assert bytes(memory.view[3 * size - SIZE :]) == b"64Ki"
-    words.release()
+    address = (first << index_bits | second) << granule
+    edu.load(address + 3 * PAGE, SIZE)
+    edu.store(address + PAGE - SIZE, SIZE)
+    assert bytes(memory.view[2 * size + PAGE - SIZE : 2 * size + PAGE]) == b"far."
     guest.device.detach()
     unmap(iommu, guest.ioas, low, 3 * size)
+    memory.close()
 
 
 # -- one stage or none -----------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kernel_model.iommu.viommu import ViommuDriver
     from kernel_model.iommufd.iova_bitmap import IovaBitmap
     from kernel_model.iommufd.user_data import UserData, UserDataArray
+    from kernel_model.iommufd.viommu import Viommu
 
 #: `prot` of a mapping.
 IOMMU_READ, IOMMU_WRITE, IOMMU_CACHE, IOMMU_NOEXEC, IOMMU_MMIO, IOMMU_PRIV = 1, 2, 4, 8, 16, 32
@@ -216,8 +217,10 @@ class IommuDriver(ABC):
     #: Whether `domain_alloc_nested` is there at all (`ops->domain_alloc_nested`).
     has_nested = False
 
-    def viommu_type(self, device: Device, kind: int) -> type[ViommuDriver] | None:
-        """What stands behind a vIOMMU of that type for `device`; None where there are none (`get_viommu_size`)."""
+    def viommu_type(
+        self, device: Device, kind: int
+    ) -> Callable[[Viommu, Domain, UserData | None], ViommuDriver] | None:
+        """What makes the driver's half of a vIOMMU of that type for `device`; None where there are none."""
         return None
 
     @abstractmethod

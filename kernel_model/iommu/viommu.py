@@ -1,8 +1,8 @@
 """What a driver does for a virtual IOMMU, after `struct iommufd_viommu_ops` of include/linux/iommufd.h.
 
-A driver that has vIOMMUs returns a class of its own from `IommuDriver.viommu_type` (the kernel's `get_viommu_size`);
-making an object of it is the kernel's `viommu_init`. The iommufd half is `iommufd.viommu`. Left out: `vdevice_init`,
-and that a driver may lack an operation, which iommufd answers with EOPNOTSUPP; the only driver with vIOMMUs has all.
+A driver that has vIOMMUs returns what makes one from `IommuDriver.viommu_type` (the kernel's `get_viommu_size`); making
+it is the kernel's `viommu_init`. The iommufd half is `iommufd.viommu`. Left out: `vdevice_init`, and that a driver may
+lack an operation, which iommufd answers with EOPNOTSUPP; the drivers with vIOMMUs have all but hardware queues.
 """
 
 from __future__ import annotations

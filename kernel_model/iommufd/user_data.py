@@ -93,8 +93,8 @@ class UserDataArray:
         except KernelError:
             return None
 
-    def copy_full(self, struct: type[S], data_type: int) -> list[S]:
-        """iommu_copy_struct_from_full_user_array(): all entries, shorter ones with zeros behind.
+    def copy_full_bytes(self, struct: type[S], data_type: int) -> bytes | memoryview:
+        """iommu_copy_struct_from_full_user_array(): all entries in one piece, shorter ones with zeros behind.
 
         EINVAL: another type, or no entries. E2BIG: the tail of a longer entry is not zero. EFAULT.
         """
@@ -102,15 +102,17 @@ class UserDataArray:
             raise KernelError(errno.EINVAL, f"{self.entry_num} entries of type {self.type:#x}")
         size, length = _sizeof(struct, self.call.kernel.release), self.entry_len
         if length == size:
-            data = self.call.copy_from_user(self.address, size * self.entry_num)
-            return list((struct * self.entry_num).from_buffer_copy(data))
-        found = []
+            return self.call.copy_from_user(self.address, size * self.entry_num)
+        found = bytearray(size * self.entry_num)
+        head = min(length, size)
         for index in range(self.entry_num):
             address = self.address + length * index
             if length > size:
                 self.call.check_zeroed(address + size, length - size)
-            entry = struct()
-            head = min(length, size)
-            memoryview(entry).cast("B")[:head] = self.call.copy_from_user(address, head)
-            found.append(entry)
-        return found
+            found[size * index : size * index + head] = self.call.copy_from_user(address, head)
+        return bytes(found)
+
+    def copy_full(self, struct: type[S], data_type: int) -> list[S]:
+        """The same as structs. Errnos as `copy_full_bytes`."""
+        data = self.copy_full_bytes(struct, data_type)
+        return list((struct * self.entry_num).from_buffer_copy(data))

@@ -42,6 +42,7 @@ from uapi.iommufd import (
 )
 
 if TYPE_CHECKING:
+    from kernel_model.iommu.arm_smmu_v3.master import Master
     from kernel_model.iommu.core import Device
 
 #: Streams of a level 2 stream table, as log2, and the most level 1 descriptors.
@@ -80,7 +81,7 @@ class SmmuDevice:
         #: Stage-1 domains by ASID and stage-2 domains by VMID; 0 is taken by streams without stage 2.
         self.asids: set[int] = set()
         self.vmids: set[int] = set()
-        self.streams: dict[int, Device] = {}
+        self.streams: dict[int, Master] = {}
         #: Those whose stalls are reported.
         self.iopf = IopfQueue()
         #: Lines as the kernel's log has them.
@@ -127,7 +128,7 @@ class SmmuDevice:
         self.sid_bits, self.ssid_bits = regs.IDR1_SIDSIZE.get(idr1), regs.IDR1_SSIDSIZE.get(idr1)
         self.two_level_strtab = regs.IDR0_ST_LEVEL.get(idr0) == 1 and self.sid_bits > _SPLIT
         self.range_inv, self.s2fwb = bool(idr3 & regs.IDR3_RIL), bool(idr3 & regs.IDR3_FWB)
-        self.vax = regs.IDR5_VAX.get(idr5) == 1
+        self.vax, self.ds = regs.IDR5_VAX.get(idr5) == 1, bool(idr5 & regs.IDR5_DS)
         oas = regs.IDR5_OAS.get(idr5)
         self.oas = regs.ADDRESS_SIZES[oas] if oas < len(regs.ADDRESS_SIZES) else 48
         self.pgsize_bitmap = 0
@@ -256,24 +257,19 @@ class SmmuDevice:
                 self._dump_event(record)
 
     def _handle_event(self, record: list[int]) -> bool:
-        """arm_smmu_handle_event(): report a stalled transaction. False: nobody takes the event."""
-        low, second, address, _ = record
-        if events.EVT_0_ID.get(low) not in _HANDLED or not second & events.EVT_1_STALL:
+        """arm_smmu_handle_event(): report a stalled transaction, or tell the guest that the device is in of a fault of
+        its own stage. False: nobody takes the event."""
+        low, second, _, _ = record
+        master = self.streams.get(events.EVT_0_SID.get(low))
+        if events.EVT_0_ID.get(low) not in _HANDLED or master is None:
             return False
-        device = self.streams.get(events.EVT_0_SID.get(low))
-        if device is None:
-            return False
-        perm = IOMMU_PGFAULT_PERM_READ if second & events.EVT_1_RNW else IOMMU_PGFAULT_PERM_WRITE
-        perm |= IOMMU_PGFAULT_PERM_EXEC if second & events.EVT_1_IND else 0
-        perm |= IOMMU_PGFAULT_PERM_PRIV if second & events.EVT_1_PNU else 0
-        flags, pasid = IOMMU_FAULT_PAGE_REQUEST_LAST_PAGE, 0
-        if low & events.EVT_0_SSV:
-            flags, pasid = flags | IOMMU_FAULT_PAGE_REQUEST_PASID_VALID, events.EVT_0_SSID.get(low)
         try:
-            report_device_fault(
-                device,
-                PageRequest(flags=flags, pasid=pasid, grpid=events.EVT_1_STAG.get(second), perm=perm, addr=address),
-            )
+            if second & events.EVT_1_STALL:
+                _report_stall(master.device, record)
+            elif master.vmaster is not None and not second & events.EVT_1_S2:
+                master.vmaster.report_event(record)
+            else:
+                return False
         except KernelError:
             return False
         return True
@@ -283,8 +279,8 @@ class SmmuDevice:
         low, second, address, last = record
         number, sid = events.EVT_0_ID.get(low), events.EVT_0_SID.get(low)
         ssid = events.EVT_0_SSID.get(low) if low & events.EVT_0_SSV else 0
-        device = self.streams.get(sid)
-        client = device.name if device is not None else "(unassigned sid)"
+        master = self.streams.get(sid)
+        client = master.device.name if master is not None else "(unassigned sid)"
         line = f"event: {events.NAMES.get(number, 'UNKNOWN')} client: {client} sid: {sid:#x} ssid: {ssid:#x}"
         if number not in events.TRANSLATION_RELATED:
             self.log.append(line)
@@ -333,3 +329,17 @@ class SmmuDevice:
         if active & regs.GERROR_CMDQ_ERR:
             self.log.append(self.cmdq.skip_err())
         self.writel(regs.GERRORN, errors)
+
+
+def _report_stall(device: Device, record: list[int]) -> None:
+    """The page request that a stalled transaction is. Errnos of `report_device_fault`."""
+    low, second, address, _ = record
+    perm = IOMMU_PGFAULT_PERM_READ if second & events.EVT_1_RNW else IOMMU_PGFAULT_PERM_WRITE
+    perm |= IOMMU_PGFAULT_PERM_EXEC if second & events.EVT_1_IND else 0
+    perm |= IOMMU_PGFAULT_PERM_PRIV if second & events.EVT_1_PNU else 0
+    flags, pasid = IOMMU_FAULT_PAGE_REQUEST_LAST_PAGE, 0
+    if low & events.EVT_0_SSV:
+        flags, pasid = flags | IOMMU_FAULT_PAGE_REQUEST_PASID_VALID, events.EVT_0_SSID.get(low)
+    report_device_fault(
+        device, PageRequest(flags=flags, pasid=pasid, grpid=events.EVT_1_STAG.get(second), perm=perm, addr=address)
+    )

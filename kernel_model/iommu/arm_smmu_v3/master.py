@@ -8,6 +8,8 @@ streams that the firmware wants to bypass (RMR).
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
+from typing import Protocol
 
 from fakedev.pci import RootComplex
 from fakedev.smmuv3 import commands as c
@@ -24,6 +26,13 @@ _L2_ENTRIES = 1024
 _LINEAR_CDMAX = 10
 
 
+class Vmaster(Protocol):
+    """`struct arm_smmu_vmaster`: the device as a guest knows it."""
+
+    def report_event(self, record: Sequence[int]) -> None:
+        """Tell the guest. EOPNOTSUPP: it has no queue for it; ENOMEM: the event is lost."""
+
+
 class Master:
     """`struct arm_smmu_master`. ERANGE: the stream table does not reach its stream. ENODEV: a stream of two devices."""
 
@@ -33,8 +42,12 @@ class Master:
         self.sid = sid
         if not smmu.init_sid(sid):
             raise KernelError(errno.ERANGE, f"stream {sid:#x} is beyond the stream table")
-        if smmu.streams.setdefault(sid, device) is not device:
-            raise KernelError(errno.ENODEV, f"stream {sid:#x} is {smmu.streams[sid].name}'s")
+        if smmu.streams.setdefault(sid, self) is not self:
+            raise KernelError(errno.ENODEV, f"stream {sid:#x} is {smmu.streams[sid].device.name}'s")
+        #: The device cannot bypass caches, says the firmware of its root complex (`arm_smmu_master_canwbs()`).
+        self.canwbs = "canwbs" in device.properties
+        #: While it is in a guest's vIOMMU, and has a name there.
+        self.vmaster: Vmaster | None = None
         #: Its transactions may stall: the firmware says so of the device, or the unit lets no other.
         self.stall_enabled = smmu.stall_forced or (smmu.stalls and "dma-can-stall" in device.properties)
         self.options = StreamOptions(smmu.attr_types_ovr, smmu.stalls, self.stall_enabled)
@@ -152,3 +165,11 @@ class Master:
         cd = self.get_cd(ssid)
         if cd is not None:
             self.write_cd(ssid, cd, [0] * e.CD_WORDS)
+
+
+def master_of(device: Device) -> Master:
+    """`dev_iommu_priv_get()` of a device behind an SMMUv3."""
+    master = device.priv
+    if not isinstance(master, Master):
+        raise KernelBug(f"{device.name} is not behind an SMMUv3")
+    return master
