@@ -88,7 +88,7 @@ def ended(job: Job) -> bool:
 def test_the_fault_says_who_wants_what(setting: Setting) -> None:
     job = setting.five.submit(FILL, 0x5A, MORE + 0x40, 8)
     fault = setting.one()
-    assert (fault.flags, fault.dev_id, fault.pasid) == (LAST | WITH_PASID, 1, 5)
+    assert (fault.flags & (LAST | WITH_PASID), fault.dev_id, fault.pasid) == (LAST | WITH_PASID, 1, 5)
     assert (fault.perm & (TO_READ | TO_WRITE), page(fault)) == (TO_WRITE, MORE)
     assert (fault.length, fault.cookie) == (0, 1)
     assert job.poll() is None

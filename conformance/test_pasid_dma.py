@@ -167,6 +167,24 @@ def test_an_unmapped_page_is_gone_for_every_pasid_of_the_table(
     assert six.fill(0x6262, NAME, 8).status & ~ON_WRITE in REFUSED
 
 
+def test_the_device_and_a_pasid_share_a_table(dsa: Dsa, spaces: list[Space], queues: list[Queue]) -> None:
+    """The "system PASID" of a kernel driver: one map for both, and one unmap, whatever the device keeps."""
+    a = spaces[0]
+    own, five, _ = queues
+    dsa.vfio.attach(a.hwpt)
+    dsa.vfio.attach_pasid(5, a.hwpt)
+    a.map_more()
+    assert own.fill(0x6F6F6F6F6F6F6F6F, MORE, 8).status == SUCCESS
+    assert five.move(MORE, TARGET, 8).status == SUCCESS
+    assert a.target == b"o" * 8
+    a.unmap_more()
+    for queue in (own, five):
+        assert queue.fill(0, MORE, 8).status & ~ON_WRITE in REFUSED
+    assert a.more() == b"o" * 8
+    dsa.vfio.detach_pasid(5)
+    assert reached(own, spaces) == "a"
+
+
 def test_what_is_mapped_later_is_reached_at_once(dsa: Dsa, spaces: list[Space], queues: list[Queue]) -> None:
     a, b, _ = spaces
     own, five, _ = queues

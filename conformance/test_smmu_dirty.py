@@ -1,10 +1,10 @@
-"""Dirty tracking by an SMMUv3's own dirty states (HTTU): a device's DMA, with a PASID or without, sets just its pages.
+"""Dirty tracking by an SMMUv3's own dirty states (HTTU): a device's DMA sets exactly its pages.
 
 Mirrors arm_smmu_set_dirty_tracking() and arm_smmu_read_and_clear_dirty() of drivers/iommu/arm/arm-smmu-v3 and
 arm_lpae_read_and_clear_dirty() of io-pgtable-arm.c: a page is dirty when it is mapped; the states are kept all the
 time, tracking on or off; a block is dirty as a whole and stays a block; nothing is flushed when a page is made clean,
 so that a unit need not notice the next write to it before its TLB has forgotten it. The checks of the two ioctls are in
-test_dirty.py.
+test_dirty.py; DMA with PASIDs is in test_pasid_dirty.py.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from conformance.drivers.dsa import SUCCESS, WQ_BLOCK, WQ_NO_ATS, Dsa
 from conformance.drivers.edu import Edu
 from conformance.drivers.vfio import VfioDevice
-from conformance.dsa_offers import has_ats
 from conformance.mock_dirty import get_dirty, set_tracking
-from conformance.spaces import MORE, RECORDS, TARGET, Space
 from conformance.steps import PAGE, READ, MiB, destroy, fails, hwpt_alloc, map_user, option_set, unmap
 from uapi.backend import Backend, Buffer, File
 from uapi.iommufd import (
@@ -209,51 +206,3 @@ def test_a_block_is_dirty_as_a_whole_and_pages_are_not(
     destroy(iommu, hwpt)
     unmap(iommu, ioas, size, size)
     buffer.close()
-
-
-# -- with PASIDs -----------------------------------------------------------------------------------------------------
-
-
-class Pair:
-    """Two spaces with dirty tracking on; the device is on `a`, its PASID 5 on `b`. Four pages of MORE in each."""
-
-    def __init__(self, kernel: Backend, iommu: File, dsa: Dsa, records: Buffer, mode: int) -> None:
-        made = [Space(kernel, iommu, dsa.vfio.devid, name, records, DIRTY | PASID) for name in (b"a", b"b")]
-        self.iommu, (self.a, self.b) = iommu, made
-        for space in made:
-            space.map_more(0, 4)
-            set_tracking(iommu, space.hwpt)
-        dsa.vfio.attach(self.a.hwpt)
-        dsa.vfio.attach_pasid(5, self.b.hwpt)
-        self.own, self.five = (dsa.queue(n, p, mode).record_in(records, RECORDS) for n, p in enumerate((None, 5)))
-
-    def dirty(self, space: Space, start: int = MORE, count: int = 4) -> int:
-        return get_dirty(self.iommu, space.hwpt, start, count * PAGE)
-
-
-@pytest.fixture(params=[WQ_BLOCK, WQ_BLOCK | WQ_NO_ATS], ids=["ats", "no_ats"])
-def pair(request: pytest.FixtureRequest, kernel: Backend, iommu: File, dsa: Dsa) -> Iterator[Pair]:
-    if not request.param & WQ_NO_ATS and not has_ats(dsa.vfio):
-        pytest.skip("the device has no ATS")
-    records = kernel.buffer(PAGE)
-    yield Pair(kernel, iommu, dsa, records, request.param)
-    records.close()
-
-
-@pytest.mark.needs("dsa", "pasid")
-def test_writes_with_a_pasid_are_in_its_own_table(pair: Pair) -> None:
-    """And so is the completion record that each descriptor writes."""
-    assert pair.five.fill(0x5A, MORE + PAGE - 4, 8).status == SUCCESS
-    assert (pair.dirty(pair.b), pair.dirty(pair.a)) == (bits(0, 1), 0)
-    assert (pair.dirty(pair.b, RECORDS, 3), pair.dirty(pair.a, RECORDS, 3)) == (bits(0), 0)
-    assert pair.own.fill(0x5A, MORE + 3 * PAGE, 8).status == SUCCESS
-    assert (pair.dirty(pair.b), pair.dirty(pair.a)) == (0, bits(3))
-
-
-@pytest.mark.needs("dsa", "pasid")
-def test_a_page_that_was_read_first_is_dirty_when_it_is_written(pair: Pair) -> None:
-    """A device that keeps what it was allowed to read has to ask again before it writes."""
-    assert pair.five.move(MORE + 2 * PAGE, TARGET, 8).status == SUCCESS
-    assert (pair.dirty(pair.b), pair.dirty(pair.b, TARGET, 1)) == (0, 1)
-    assert pair.five.fill(0x5A, MORE + 2 * PAGE, 8).status == SUCCESS
-    assert pair.dirty(pair.b) == bits(2)

@@ -69,10 +69,13 @@ class Machine:
         kernel_arguments: str = "",
         *,
         its: int | None = None,
+        host_bridge: str = "",
     ) -> None:
         self.name = name
         #: Where a GIC's interrupt translation service has its registers: MSIs are writes to its doorbell.
         self.its = its
+        #: What the device tree calls the PCI host bridge; without, its functions are nobody's children.
+        self.host_bridge = host_bridge
         #: What the kernel of this machine is told at boot.
         self.kernel_arguments = kernel_arguments.split()
         self.memory = PhysicalMemory() if memory is None else memory

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from iommulab.backends import model
 from iommulab.errors import UserError
-from iommulab.guest import Guest
+from iommulab.guest import make_guest
 from iommulab.kernel_images import Image, find_image
 from iommulab.measure import AREA_COUNTS, Figures
 from iommulab.measure.client import client_figures
@@ -139,7 +139,7 @@ def _measure_in_guest(image: Image, backend: str, seconds: float, areas: int) ->
     command = [sys.executable, "-m", "iommulab.measure", "--backend", backend]
     command += ["--seconds", str(seconds), "--areas", str(areas)]
     with tempfile.TemporaryDirectory(prefix="iommulab-bench-") as directory:
-        guest = Guest(image, "q35-vtd-legacy", Path(directory))
+        guest = make_guest(image, "q35-vtd-legacy", Path(directory))
         guest.probe_kvm()
         text = guest.run(f'{shlex.join(command)} --output "$events"', limit=1200.0)
         return [json.loads(line) for line in text.splitlines()], guest.accelerator

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from iommulab.errors import UserError
-from iommulab.guest import find_qemu, kvm_problem
+from iommulab.guest.qemu import find_qemu, kvm_problem, missing
 from iommulab.kernel_images import HOW_TO_GET_ONE, Image, cached_images, find_image
 from iommulab.terminal import console as make_console
 from uapi.backend import DEV_IOMMU
@@ -73,7 +73,7 @@ def _iommu_groups() -> Finding:
 
 
 def _kvm(image: Image | None) -> Finding:
-    qemu = find_qemu()
+    qemu = find_qemu(image.architecture if image is not None else "x86_64")
     if qemu is None:
         return False, "cannot be probed without QEMU"
     problem = kvm_problem(qemu, image)
@@ -82,10 +82,10 @@ def _kvm(image: Image | None) -> Finding:
     return False, f"{problem}; guests are emulated (TCG), which is slower but enough"
 
 
-def _qemu() -> Finding:
-    qemu = find_qemu()
+def _qemu(architecture: str) -> Finding:
+    qemu = find_qemu(architecture)
     if qemu is None:
-        return False, "qemu-system-x86_64 is not installed (Debian: apt install qemu-system-x86)"
+        return False, missing(architecture)
     return True, f"{qemu.version}, {qemu.path}"
 
 
@@ -134,7 +134,8 @@ def findings(image: Image | None) -> dict[str, Callable[[], Finding]]:
         "IOMMU": _iommu_groups,
         "vfio devices": _vfio,
         "memory": _memory,
-        "QEMU": _qemu,
+        "QEMU": lambda: _qemu("x86_64"),
+        "QEMU for arm64": lambda: _qemu("arm64"),
         "KVM": lambda: _kvm(image),
         "virtme-ng": _virtme,
         "kernel images": _images,

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from iommulab.errors import UserError
 from iommulab.follow import kill
-from iommulab.guest import Guest
+from iommulab.guest import make_guest
 from iommulab.kernel_build import check_tree
 from iommulab.kernel_images import cache, find_image
 from iommulab.make import run_make
@@ -180,7 +180,7 @@ def _on_vm(args: argparse.Namespace, programs: list[Path], results: Results, pro
     results.backend, results.release = "linux", image.release
     with tempfile.TemporaryDirectory(prefix="iommulab-selftest-") as directory:
         # Without an IOMMU: beside a real one the mock driver of releases before 6.17 has no devices.
-        guest = Guest(image, "mock", Path(directory))
+        guest = make_guest(image, "mock", Path(directory))
         problem = guest.probe_kvm()
         if problem is not None:
             progress.say(f"vm: KVM is not used: {problem}; emulating (TCG)")

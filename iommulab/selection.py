@@ -14,9 +14,13 @@ USAGE, NOTHING = 4, 5
 LINUX = "uapi.linux:LinuxBackend"
 
 
-def pytest_command(arguments: list[str]) -> list[str]:
-    """How pytest is run on the suite, wherever it runs. Without a cache: the suite's folder may be read-only."""
-    return [sys.executable, "-m", "pytest", "-c", str(SUITE / "pytest.ini"), "-p", "no:cacheprovider", *arguments]
+def pytest_command(arguments: list[str], python: str = sys.executable) -> list[str]:
+    """How pytest is run on the suite, wherever it runs. Without a cache: the suite's folder may be read-only.
+
+    The suite's own options must be whole words (--backend=NAME): before it has read conftest.py, pytest 8 takes a value
+    that stands alone for a test, and then no other for one.
+    """
+    return [python, "-m", "pytest", "-c", str(SUITE / "pytest.ini"), "-p", "no:cacheprovider", *arguments]
 
 
 def pytest_environment() -> dict[str, str]:
@@ -47,7 +51,7 @@ def check_selection(selection: list[str]) -> None:
 
     It also leaves every module compiled, for a guest where Python is slow.
     """
-    command = pytest_command(["--collect-only", "-q", "--backend", LINUX, *selection])
+    command = pytest_command(["--collect-only", "-q", f"--backend={LINUX}", *selection])
     done = subprocess.run(
         command, capture_output=True, text=True, env=pytest_environment(), cwd=SUITE.parent, check=False
     )

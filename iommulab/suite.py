@@ -19,6 +19,8 @@ from rich.table import Table
 
 from iommulab.errors import UserError
 from iommulab.follow import Follower, Launch, Limits, tail
+from iommulab.guest.arm64 import ROOT_NAME
+from iommulab.guest.machines import find_machine
 from iommulab.kernel_images import find_image
 from iommulab.progress import SuiteProgress
 from iommulab.reports import write_all
@@ -46,11 +48,11 @@ class HostLaunch:
         self._directory = directory
 
     def start(self, events: Path, only: Path | None, attempt: int) -> subprocess.Popen[bytes]:
-        arguments = ["--backend", self._backend, "--events", str(events), *self._selection]
+        arguments = [f"--backend={self._backend}", f"--events={events}", *self._selection]
         for key, value in self._options.items():
-            arguments += ["--backend-option", f"{key}={value}"]
+            arguments += [f"--backend-option={key}={value}"]
         if only is not None:
-            arguments += ["--only", str(only)]
+            arguments += [f"--only={only}"]
         arguments += ["-p", "xdist", "-n", str(self._workers)] if self._workers > 1 else []
         with self._log(attempt).open("wb") as log:
             return subprocess.Popen(
@@ -119,6 +121,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--kernel-image", type=Path, metavar="PATH", help="the kernel that --on vm boots")
     parser.add_argument(
+        "--root",
+        type=Path,
+        metavar="PATH",
+        help=f"an arm64 guest's root file system, a directory or a tar file (default: {ROOT_NAME} beside the image)",
+    )
+    parser.add_argument(
         "--dmabuf-get",
         choices=("fd", "0"),
         default="fd",
@@ -166,6 +174,8 @@ def run(args: argparse.Namespace) -> int:
     console = make_console()
     if args.kernel_image is not None and args.on != "vm":
         raise UserError("--kernel-image is what --on vm boots; add --on vm")
+    if args.root is not None and args.on != "vm":
+        raise UserError("--root is what --on vm boots with; add --on vm")
     if args.workers not in (None, 1) and args.on != "model":
         raise UserError("-n is for --on model: one real kernel runs one test at a time")
     if args.caching != DEFAULT_CACHING and args.on != "model":
@@ -173,9 +183,9 @@ def run(args: argparse.Namespace) -> int:
     selection = select_tests(args.tests)
     if args.expression:
         selection = ["-k", args.expression, *selection]
-    selection = ["--test-time", f"{args.test_time:g}", *selection]
+    selection = [f"--test-time={args.test_time:g}", *selection]
     if args.fail_nth is not None:
-        selection = ["--fail-nth", str(args.fail_nth), *selection]
+        selection = [f"--fail-nth={args.fail_nth}", *selection]
     results = Results(on=args.on, machine=args.machine if args.on != "linux" else "")
     try:
         args.report.mkdir(parents=True, exist_ok=True)
@@ -204,8 +214,8 @@ def run(args: argparse.Namespace) -> int:
             need_linux()
             launch = HostLaunch(LINUX, {}, selection, 1, directory)
         else:
-            image = find_image(args.kernel_image, args.kernel)
-            vm = VmLaunch(image, args.machine, selection, directory, progress)
+            image = find_image(args.kernel_image, args.kernel, find_machine(args.machine).architecture)
+            vm = VmLaunch(image, args.machine, selection, directory, progress, args.root)
             results.environment = vm.environment
             launch = vm
         Follower(launch, results, limits, progress, directory).run()
@@ -284,6 +294,8 @@ def rerun_options(args: argparse.Namespace) -> list[str]:
         options += ["--fail-nth"]
     if args.kernel_image:
         options += ["--kernel-image", str(args.kernel_image)]
+    if args.root:
+        options += ["--root", str(args.root)]
     return options
 
 

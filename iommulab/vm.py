@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iommulab.follow import tail
-from iommulab.guest import Guest
+from iommulab.guest import make_guest
 from iommulab.kernel_images import Image
 from iommulab.progress import SuiteProgress
 from iommulab.selection import LINUX, check_selection, pytest_command
@@ -25,8 +25,9 @@ class VmLaunch:
         selection: list[str],
         directory: Path,
         progress: SuiteProgress,
+        root: Path | None = None,
     ) -> None:
-        self._guest = Guest(image, machine, directory)
+        self._guest = make_guest(image, machine, directory, root)
         self._directory = directory
         self._selection = selection
         check_selection(selection)
@@ -42,10 +43,11 @@ class VmLaunch:
         }
 
     def start(self, events: Path, only: Path | None, attempt: int) -> subprocess.Popen[bytes]:
-        arguments = pytest_command(["--backend", LINUX, *self._selection])
-        arguments += ["--only", str(only)] if only is not None else []
-        command = f'{shlex.join(arguments)} --events "$events"'
-        return self._guest.start(command, events, self._log(attempt), self._console(attempt))
+        arguments = pytest_command([f"--backend={LINUX}", *self._selection], self._guest.python)
+        arguments += [f"--only={only}"] if only is not None else []
+        command = f'{shlex.join(arguments)} --events="$events"'
+        files = (only,) if only is not None else ()
+        return self._guest.start(command, events, self._log(attempt), self._console(attempt), files=files)
 
     def _console(self, attempt: int) -> Path:
         return self._directory / f"console.{attempt}.log"

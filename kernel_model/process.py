@@ -127,6 +127,10 @@ class Mm:
 
     def runs(self, start: int, length: int) -> list[tuple[int, int]]:
         """Whole pages: (physical address, how many) of each contiguous piece. ENOMEM, as above."""
+        place = self.places.get(start >> self.place_lg2)
+        at = start & self._in_place
+        if place is not None and at + length <= self._in_place + 1:
+            return [(place | at, length >> PAGE_SHIFT)]
         found = []
         end = start + length
         while start < end:

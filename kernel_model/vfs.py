@@ -108,6 +108,11 @@ class FileSystem:
 
         self.add_node(path, open_attribute, mode)
 
+    def add_link_to(self, path: str, target: str) -> None:
+        """A link to an absolute path, as sysfs makes it: up to what the link and the directory of the target share."""
+        up = os.path.relpath(os.path.dirname(target), os.path.dirname(path))
+        self.add_link(path, os.path.normpath(f"{up}/{os.path.basename(target)}"))
+
     def add_link(self, path: str, target: str) -> None:
         self._parent(path)[_name(path)] = Link(target)
 

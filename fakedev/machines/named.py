@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fakedev.machine import Machine
-from fakedev.machines.q35 import q35_noiommu, q35_vtd, q35_vtd_fs, q35_vtd_legacy, q35_vtd_multifunction
+from fakedev.machines.q35 import q35_noiommu, q35_vtd, q35_vtd_fs, q35_vtd_legacy, q35_vtd_max, q35_vtd_multifunction
 from fakedev.machines.virt import virt_smmuv3, virt_smmuv3_max
 
 
@@ -29,6 +29,7 @@ MACHINES: dict[str, Callable[[], Machine]] = {
     "q35-vtd": q35_vtd,
     "q35-vtd-fs": q35_vtd_fs,
     "q35-vtd-legacy": q35_vtd_legacy,
+    "q35-vtd-max": q35_vtd_max,
     "q35-vtd-multifunction": q35_vtd_multifunction,
     "virt-smmuv3": virt_smmuv3,
     "virt-smmuv3-max": virt_smmuv3_max,

@@ -4,13 +4,15 @@ Functions are at the same addresses with the same ids and BARs as in `iommulab c
 anything, the others are there so that IOMMU groups have the same numbers. `q35-vtd-legacy` is QEMU with
 `intel-iommu,x-scalable-mode=off` and `edu`, `q35-vtd` the same with scalable mode (a second stage only), `q35-vtd-fs`
 with `x-flts=on` besides (a first stage only); `q35-vtd-multifunction` is the first with two functions of `edu` in one
-slot, which makes them one IOMMU group; `q35-noiommu` has no IOMMU.
+slot, which makes them one IOMMU group; `q35-noiommu` has no IOMMU. `q35-vtd-max` is like none of QEMU's: its unit has
+everything that `fakedev/vtd` has, and there is a DMA engine with PASIDs, ATS and PRI.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fakedev.endpoints.dsa import Dsa
 from fakedev.endpoints.edu import Edu
 from fakedev.machine import (
     VTD_FIRST_STAGE_CAP,
@@ -22,6 +24,7 @@ from fakedev.machine import (
     Machine,
 )
 from fakedev.pci import IO, MEM32, MEM64, PCI_MULTIFUNCTION, Bar, PciFunction
+from fakedev.vtd.features import SCALABLE
 
 
 def _virtio(slot: int, device_id: int, class_code: int, line: int) -> PciFunction:
@@ -55,6 +58,11 @@ def q35_vtd() -> Machine:
 
 def q35_vtd_fs() -> Machine:
     return _q35_vtd("q35-vtd-fs", [_edu()], VTD_FIRST_STAGE_CAP, VTD_FIRST_STAGE_ECAP)
+
+
+def q35_vtd_max() -> Machine:
+    dsa = Dsa("0000:00:11.0", 0xFE90_0000, 0xFE92_0000, command=0x103)
+    return _q35_vtd("q35-vtd-max", [_edu(), dsa], SCALABLE.cap, SCALABLE.ecap)
 
 
 def q35_vtd_multifunction() -> Machine:

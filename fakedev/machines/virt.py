@@ -4,7 +4,8 @@ takes MSIs.
 Functions of `virt-smmuv3` are at the same addresses with the same ids and BARs as in `iommulab conformance --on vm`,
 and the registers of its SMMU say what QEMU 10.0.2's say; only `edu` does anything. `virt-smmuv3-max` is the same board
 with an SMMU that has everything that `fakedev/smmuv3` has, and with two DMA engines that have PASIDs: one also ATS and
-PRI; of the other, in the manner of KunPeng 920's, the firmware says that its requests may stall. No QEMU is like it. RAM starts at 1 GiB; below it are registers, and from 512 GiB on BARs of 64 bits.
+PRI; of the other, in the manner of KunPeng 920's, the firmware says that its requests may stall. No QEMU is like it.
+RAM starts at 1 GiB; below it are registers, and from 512 GiB on BARs of 64 bits.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def virt_smmuv3_max() -> Machine:
 
 def _board(name: str, features: Features, *more: PciFunction) -> Machine:
     memory = PhysicalMemory(RAM_SIZE, RAM_START, address_bits=features.oas)
-    box = Machine(name, memory, its=ITS_BASE)
+    box = Machine(name, memory, its=ITS_BASE, host_bridge="4010000000.pcie")
     unit = box.add_smmu(SMMU_BASE, features)
     functions = [
         PciFunction("0000:00:00.0", (0x1B36, 0x0008), 0x060000, subsystem=(0x1AF4, 0x1100)),

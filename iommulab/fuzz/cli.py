@@ -23,7 +23,7 @@ from iommulab.fuzz.render import as_python
 from iommulab.fuzz.shrink import shrink
 from iommulab.fuzz.target import Target
 from iommulab.fuzz.vectors import Vectors, chunks, load
-from iommulab.guest import Guest
+from iommulab.guest import make_guest
 from iommulab.kernel_images import find_image
 from iommulab.results import SUITE
 from iommulab.suite import need_linux
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         guest = None
         if args.against == "vm":
             image = find_image(args.kernel_image, args.kernel)
-            guest = Guest(image, MACHINE, directory)
+            guest = make_guest(image, MACHINE, directory)
             problem = guest.probe_kvm()
             if problem is not None:
                 console.print(f"vm: KVM is not used: {problem}; emulating (TCG)", markup=False, highlight=False)

@@ -177,8 +177,8 @@ class IommuDriver(ABC):
     blocked_domain: Domain | None = None
     identity_domain: Domain | None = None
 
-    #: Its directory in /sys/class/iommu.
-    sysfs_name = ""
+    #: Its directory in /sys/class/iommu, and the device of the device tree that it is, if it is one.
+    sysfs_name = sysfs_parent = ""
 
     def sysfs_attributes(self) -> dict[str, Callable[[], str]]:
         """What sysfs shows of it: path below its directory to text, without the newline."""

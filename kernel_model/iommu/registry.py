@@ -28,17 +28,18 @@ from kernel_model.iommu.core import (
 from kernel_model.iommu.intel.dmar import IntelUnit
 from kernel_model.iommu.intel.iommu import IntelIommu
 from kernel_model.iommu.intel.irq_remapping import IrqRemapping
+from kernel_model.iommu.intel.prq import PageRequests
 from kernel_model.iommu.mock.iommu import MockIommu
 from kernel_model.iommu.pci_group import pci_device_group
-from kernel_model.iommu.sysfs import publish
+from kernel_model.iommu.sysfs import pci_root, publish
 from uapi.behaviours import has
 from uapi.version import includes
 
 if TYPE_CHECKING:
     from kernel_model.kernel import Kernel
 
-#: Vectors of the units' fault events: below those that PCI functions get, above the processor's exceptions.
-_FIRST_FAULT_VECTOR = 0x20
+#: Vectors of the units' events, faults and page requests: below those that PCI functions get, above the exceptions.
+_FIRST_FAULT_VECTOR, _FIRST_REQUEST_VECTOR = 0x20, 0x30
 #: A vendor's probe: starts its units; for each request id behind one, the driver of it.
 Probe = Callable[["Kernel"], dict[int, IommuDriver]]
 
@@ -51,6 +52,9 @@ def _probe_intel(kernel: Kernel) -> dict[int, IommuDriver]:
     _enable_irq_remapping(kernel, units)
     for number, (unit, (_, rids)) in enumerate(zip(units, kernel.machine.vtd_units, strict=True)):
         unit.start(kernel.interrupts, _FIRST_FAULT_VECTOR + number)
+        if unit.caps.page_request:
+            unit.prq = PageRequests(kernel.machine, kernel.pages, unit)
+            unit.prq.start(kernel.interrupts, _FIRST_REQUEST_VECTOR + number)
         driver = IntelIommu(unit, kernel.machine, number, write_only=has(kernel.release, "vtd-write-only"))
         found.update(dict.fromkeys(rids, driver))
     return found
@@ -115,7 +119,7 @@ def attach_drivers(kernel: Kernel) -> list[Device]:
     # From 6.8 a driver without firmware behind it was found by asking the first such driver: the real, if there is one.
     hidden = includes(kernel.release, "6.8") and not has(kernel.release, "mock-beside-a-real-iommu")
     kernel.mock_iommu = MockIommu(len(groups), kernel.release, hidden=hidden and bool(groups))
-    publish(kernel.files, devices)
+    publish(kernel.files, devices, pci_root(kernel.machine.host_bridge))
     return devices
 
 

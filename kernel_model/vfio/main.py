@@ -27,6 +27,7 @@ from fakedev.pci import (
 from kernel_model.errors import KernelError
 from kernel_model.file import FileDescription, SystemCall
 from kernel_model.iommu.core import IOMMU_CAP_CACHE_COHERENCY, RESV_TYPE_NAMES, Device, Group, get_group_resv_regions
+from kernel_model.iommu.sysfs import pci_root
 from kernel_model.process import CAP_SYS_RAWIO
 from kernel_model.vfio.cdev import VfioDeviceFile
 from kernel_model.vfio.device import VfioDevice
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from kernel_model.kernel import Kernel
 
 _BUS = "/sys/bus/pci"
-_ROOT = "/sys/devices/pci0000:00"
 _DRIVER = f"{_BUS}/drivers/vfio-pci"
 #: Flags of a resource in sysfs (include/linux/ioport.h).
 _IORESOURCE_IO, _IORESOURCE_MEM, _IORESOURCE_PREFETCH, _IORESOURCE_MEM_64 = 0x100, 0x200, 0x2000, 0x100000
@@ -54,6 +54,8 @@ class VfioPciDriver:
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
         self._files = kernel.files
+        #: Where sysfs has the functions.
+        self._root = pci_root(kernel.machine.host_bridge)
         #: driver_override by address, and the devices that vfio-pci has.
         self._overrides: dict[str, str] = {}
         self._bound: dict[str, VfioPciDevice] = {}
@@ -84,8 +86,8 @@ class VfioPciDriver:
 
     def _publish_function(self, device: Device, function: PciFunction) -> None:
         files, address = self._files, function.address
-        here = f"{_ROOT}/{address}"
-        files.add_link(f"{_BUS}/devices/{address}", f"../../../devices/pci0000:00/{address}")
+        here = f"{self._root}/{address}"
+        files.add_link_to(f"{_BUS}/devices/{address}", here)
         for name, offset, width, form in (
             ("vendor", PCI_VENDOR_ID, 2, "0x%04x\n"),
             ("device", PCI_DEVICE_ID, 2, "0x%04x\n"),
@@ -105,12 +107,12 @@ class VfioPciDriver:
             lambda _call, data: self._set_override(address, data),
         )
         if device.group is not None:
-            files.add_link(f"{here}/iommu_group", f"../../../kernel/iommu_groups/{device.group.id}")
+            files.add_link_to(f"{here}/iommu_group", f"/sys/kernel/iommu_groups/{device.group.id}")
 
     def _publish_group(self, group: Group) -> None:
         here = f"/sys/kernel/iommu_groups/{group.id}"
         for device in group.devices:
-            self._files.add_link(f"{here}/devices/{device.name}", f"../../../../devices/pci0000:00/{device.name}")
+            self._files.add_link_to(f"{here}/devices/{device.name}", f"{self._root}/{device.name}")
         lines = "".join(
             f"0x{region.start:016x} 0x{region.last:016x} {RESV_TYPE_NAMES[region.type]}\n"
             for region in get_group_resv_regions(group)
@@ -158,7 +160,7 @@ class VfioPciDriver:
         if vdev.open_count:
             raise KernelError(errno.EBUSY, f"{device.name} is open; Linux would wait here")
         del self._bound[device.name]
-        here = f"{_ROOT}/{device.name}"
+        here = f"{self._root}/{device.name}"
         for path in (
             f"/dev/vfio/devices/{vdev.name}",
             f"/sys/class/vfio-dev/{vdev.name}",
@@ -182,11 +184,11 @@ class VfioPciDriver:
         index = next(number for number in range(len(taken) + 1) if number not in taken)
         vdev = VfioPciDevice(self._kernel, device, index)
         self._bound[device.name] = vdev
-        here = f"{_ROOT}/{device.name}"
+        here = f"{self._root}/{device.name}"
         name = vdev.name
-        self._files.add_link(f"{here}/driver", "../../../bus/pci/drivers/vfio-pci")
-        self._files.add_link(f"{_DRIVER}/{device.name}", f"../../../../devices/pci0000:00/{device.name}")
-        self._files.add_link(f"/sys/class/vfio-dev/{name}", f"../../devices/pci0000:00/{device.name}/vfio-dev/{name}")
+        self._files.add_link_to(f"{here}/driver", _DRIVER)
+        self._files.add_link_to(f"{_DRIVER}/{device.name}", here)
+        self._files.add_link_to(f"/sys/class/vfio-dev/{name}", f"{here}/vfio-dev/{name}")
         self._files.add_directory(f"{here}/vfio-dev/{name}")
         self._files.add_node(f"/dev/vfio/devices/{name}", _opener(vdev))
 

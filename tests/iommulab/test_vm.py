@@ -13,7 +13,7 @@ from rich.console import Console
 
 from iommulab.errors import UserError
 from iommulab.follow import Follower, Limits
-from iommulab.guest import Guest
+from iommulab.guest import Guest, make_guest
 from iommulab.kernel_images import find_image
 from iommulab.progress import SuiteProgress
 from iommulab.results import Results
@@ -58,7 +58,7 @@ def test_a_panic_a_hang_and_an_exit_cost_one_test_each(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     try:
-        guest = Guest(find_image(Path(image) if image else None, None), "q35-vtd-legacy", tmp_path)
+        guest = make_guest(find_image(Path(image) if image else None, None), "q35-vtd-legacy", tmp_path)
     except UserError as error:
         pytest.skip(f"{error} (IOMMULAB_KERNEL_IMAGE may name an image)")
     ids = ["a", "panic", "b", "hang", "c", "exit", "d"]

@@ -63,6 +63,7 @@ class ArmSmmuV3(IommuDriver):
         self.smmu = smmu
         self._root = root
         self.sysfs_name = f"smmu3.{smmu.base:#018x}"
+        self.sysfs_parent = f"{smmu.base:x}.smmuv3"
         self.blocked_domain = BlockedDomain(self)
         self.identity_domain = IdentityDomain(self)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from fakedev.machine import Machine
 from fakedev.vtd import descriptors as qi
@@ -20,8 +20,8 @@ from kernel_model.irq import MSI_ADDRESS, Interrupts
 from kernel_model.page_alloc import PageAllocator
 
 if TYPE_CHECKING:
-    from kernel_model.iommu.intel.device import DeviceInfo
     from kernel_model.iommu.intel.irq_remapping import IrqRemapping
+    from kernel_model.iommu.intel.prq import PageRequests
 
 _QI_LENGTH = 256
 _QI_DONE = 2
@@ -30,13 +30,6 @@ FLPT_DEFAULT_DID = 1
 _FIRST_DID = 2
 #: As the order of a flush: all addresses.
 MAX_AGAW_PFN_WIDTH = 52
-
-
-class PageRequestQueue(Protocol):
-    """What takes page requests of devices from the unit (prq.py)."""
-
-    def drain(self, info: DeviceInfo, pasid: int) -> None:
-        """See that nothing of the device's PASID is on the way any more."""
 
 
 class IntelUnit:
@@ -65,7 +58,7 @@ class IntelUnit:
         self.agaw, self.msagaw = self._agaw(3), self._agaw(4)
         #: Devices that take page faults; and who takes their page requests, where the unit has them.
         self.iopf_queue = IopfQueue()
-        self.prq: PageRequestQueue | None = None
+        self.prq: PageRequests | None = None
         #: The table of interrupts, while they are remapped.
         self.irq_remapping: IrqRemapping | None = None
         #: Domain ids in use (`domain_ida`).

@@ -44,6 +44,14 @@ class DmarDomain(PasidUser):
         #: unit -> [domain id, users] (`iommu_array`).
         self._ids: dict[IntelUnit, list[int]] = {}
 
+    @abstractmethod
+    def check_compatible(self, unit: IntelUnit) -> None:
+        """paging_domain_compatible(). EINVAL: the unit cannot do what the domain was made for."""
+
+    @abstractmethod
+    def setup(self, info: DeviceInfo, pasid: int) -> None:
+        """Have the hardware translate a PASID (IOMMU_NO_PASID: requests without) by the table. The unit's errnos."""
+
     # -- domain ids --------------------------------------------------------------------------------------------------
 
     def domain_id(self, unit: IntelUnit) -> int:
@@ -98,6 +106,30 @@ class DmarDomain(PasidUser):
         self.unassign_tags(info, pasid)
         self.detach_unit(info.unit)
 
+    def set_dev_pasid(self, device: Device, pasid: int, old: Domain | None) -> None:
+        """intel_iommu_set_dev_pasid(). EOPNOTSUPP: the unit has no PASIDs; else as `attach_dev`.
+
+        The PASID's entry is torn down before the new one is there: until then its requests fault.
+        """
+        info = info_of(device)
+        if not info.unit.pasid_supported:
+            raise KernelError(errno.EOPNOTSUPP, "the unit has no PASIDs")
+        self.check_compatible(info.unit)
+        self.add_dev_pasid(info, pasid)
+        try:
+            info.iopf_for_domain_replace(self, old)
+            try:
+                if old is not None:
+                    pasid_entries.tear_down_entry(info, pasid)
+                self.setup(info, pasid)
+            except KernelError:
+                info.iopf_for_domain_replace(old, self)
+                raise
+        except KernelError:
+            self.remove_dev_pasid(device, pasid)
+            raise
+        remove_dev_pasid(old, device, pasid)
+
 
 class PagingDomain(DmarDomain):
     """A domain with a table of the kernel's.
@@ -112,14 +144,6 @@ class PagingDomain(DmarDomain):
         self.table = table
         self.aperture_end = (1 << table.address_bits) - 1
         self.iotlb_sync_map = iotlb_sync_map
-
-    @abstractmethod
-    def check_compatible(self, unit: IntelUnit) -> None:
-        """paging_domain_compatible(). EINVAL: the unit cannot do what the domain was made for."""
-
-    @abstractmethod
-    def setup(self, info: DeviceInfo, pasid: int) -> None:
-        """Have the hardware translate a PASID (IOMMU_NO_PASID: requests without) by the table. The unit's errnos."""
 
     # -- attachment --------------------------------------------------------------------------------------------------
 
@@ -151,30 +175,6 @@ class PagingDomain(DmarDomain):
         except KernelError:
             block_translation(info.device)
             raise
-
-    def set_dev_pasid(self, device: Device, pasid: int, old: Domain | None) -> None:
-        """intel_iommu_set_dev_pasid(). EOPNOTSUPP: the unit has no PASIDs; else as `attach_dev`.
-
-        The PASID's entry is torn down before the new one is there: until then its requests fault.
-        """
-        info = info_of(device)
-        if not info.unit.pasid_supported:
-            raise KernelError(errno.EOPNOTSUPP, "the unit has no PASIDs")
-        self.check_compatible(info.unit)
-        self.add_dev_pasid(info, pasid)
-        try:
-            info.iopf_for_domain_replace(self, old)
-            try:
-                if old is not None:
-                    pasid_entries.tear_down_entry(info, pasid)
-                self.setup(info, pasid)
-            except KernelError:
-                info.iopf_for_domain_replace(old, self)
-                raise
-        except KernelError:
-            self.remove_dev_pasid(device, pasid)
-            raise
-        remove_dev_pasid(old, device, pasid)
 
     # -- mappings ----------------------------------------------------------------------------------------------------
 

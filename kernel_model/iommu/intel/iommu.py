@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from fakedev.machine import Machine
 from fakedev.pci import PCI_REVISION_ID
-from kernel_model.errors import KernelError
+from kernel_model import pci_ats
+from kernel_model.errors import KernelBug, KernelError
 from kernel_model.iommu.core import (
     IOMMU_CAP_CACHE_COHERENCY,
     IOMMU_CAP_DIRTY_TRACKING,
@@ -36,6 +37,7 @@ from kernel_model.iommu.intel.context import setup_sm_context
 from kernel_model.iommu.intel.device import DeviceInfo, info_of
 from kernel_model.iommu.intel.dmar import IntelUnit
 from kernel_model.iommu.intel.first_stage import FirstStageDomain
+from kernel_model.iommu.intel.nested import NestedDomain
 from kernel_model.iommu.intel.pasid import PasidTable
 from kernel_model.iommu.intel.second_stage import SecondStageDomain, second_stage_width
 from kernel_model.iommu.intel.static import BlockedDomain, IdentityDomain
@@ -49,6 +51,7 @@ from uapi.iommufd import (
 )
 
 if TYPE_CHECKING:
+    from kernel_model.iommu.io_pgfault import PageRequest
     from kernel_model.iommufd.user_data import UserData
 
 
@@ -93,6 +96,8 @@ class IntelIommu(IommuDriver):
         if self.unit.scalable and device.pci is not None:
             rid = device.pci.rid
         device.priv = info = DeviceInfo(device, self.unit, rid, self._machine)
+        if self.unit.prq is not None and device.pci is not None and pci_ats.ats_supported(device.pci):
+            self.unit.prq.devices[rid] = device
         if self.unit.scalable:
             info.pasid_table = PasidTable(info)
             setup_sm_context(info)
@@ -107,6 +112,11 @@ class IntelIommu(IommuDriver):
                 did = info.domain.domain_id(self.unit)
                 info.domain.cache_tags.assign(DEVTLB, info, did, IOMMU_NO_PASID)
         info.enable_pri()
+
+    def page_response(self, device: Device, fault: PageRequest, code: int) -> None:
+        if self.unit.prq is None:
+            raise KernelBug(f"{self.sysfs_name} has no page requests")
+        self.unit.prq.respond(info_of(device), fault, code)
 
     def capable(self, device: Device, cap: int) -> bool:
         if cap == IOMMU_CAP_CACHE_COHERENCY:
@@ -168,3 +178,6 @@ class IntelIommu(IommuDriver):
             raise KernelError(errno.EOPNOTSUPP, "the unit has no second stage")
         address_bits, top_level = second_stage_width(unit.caps.mgaw, unit.caps.sagaw)
         return SecondStageDomain(self, unit, address_bits, top_level, nested_parent=parent, dirty=dirty)
+
+    def domain_alloc_nested(self, device: Device, parent: Domain, flags: int, user_data: UserData) -> Domain:
+        return NestedDomain.alloc(self, self.unit, parent, flags, user_data)

@@ -6,6 +6,7 @@ tracking are of this stage.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from typing import TYPE_CHECKING
 
@@ -13,17 +14,18 @@ from fakedev.memory import ADDRESS_BITS
 from fakedev.pgtable.vtd_ss import SS_SNP, VtdSecondStage
 from fakedev.vtd import entries
 from kernel_model.errors import KernelError
-from kernel_model.iommu.core import IOMMU_WRITE
+from kernel_model.iommu.core import IOMMU_DIRTY_NO_CLEAR, IOMMU_NO_PASID, IOMMU_WRITE
 from kernel_model.iommu.intel import pasid as pasid_entries
 from kernel_model.iommu.intel.cache import CacheTags
 from kernel_model.iommu.intel.context import context_set
 from kernel_model.iommu.intel.device import DeviceInfo
 from kernel_model.iommu.intel.dmar import IntelUnit
-from kernel_model.iommu.intel.domain import PagingDomain
+from kernel_model.iommu.intel.domain import DmarDomain, PagingDomain
 from kernel_model.iommu.pgtable import PageTable
 
 if TYPE_CHECKING:
     from kernel_model.iommu.intel.iommu import IntelIommu
+    from kernel_model.iommufd.iova_bitmap import IovaBitmap
 
 
 def second_stage_width(mgaw: int, sagaw: int) -> tuple[int, int]:
@@ -77,6 +79,8 @@ class SecondStageDomain(PagingDomain):
         self.dirty_ops = dirty
         #: Entries have dirty tracking on.
         self.dirty_tracking = False
+        #: Those that are nested on it, the newest first.
+        self.s1_domains: list[DmarDomain] = []
 
     def check_compatible(self, unit: IntelUnit) -> None:
         """paging_domain_compatible_second_stage()."""
@@ -114,6 +118,33 @@ class SecondStageDomain(PagingDomain):
             raise KernelError(errno.EINVAL, "a read-only mapping in a nesting parent")
         super()._map(iova, pa, length, prot, sizes)
 
+    # -- dirty tracking ----------------------------------------------------------------------------------------------
+
+    def set_dirty_tracking(self, enable: bool) -> None:
+        """intel_iommu_set_dirty_tracking(): in the entries of all that is attached, here and to what is nested on it.
+
+        EOPNOTSUPP: an entry without a second stage. After an error all are as they were.
+        """
+        if self.dirty_tracking == enable:
+            return
+        users: list[DmarDomain] = [self, *self.s1_domains]
+        try:
+            for user in users:
+                _set_dirty_tracking(user, enable)
+        except KernelError:
+            for user in users:
+                with contextlib.suppress(KernelError):
+                    _set_dirty_tracking(user, not enable)
+            raise
+        self.dirty_tracking = enable
+
+    def read_and_clear_dirty(self, iova: int, length: int, flags: int, bitmap: IovaBitmap | None) -> None:
+        """What became clean is flushed, so that the next write to it is noted again."""
+        clear = not flags & IOMMU_DIRTY_NO_CLEAR
+        seen = self.table.read_and_clear_dirty(iova, length, clear, bitmap)
+        if seen is not None and clear:
+            self.cache_tags.flush_range(*seen, hint=1)
+
     def enforce_cache_coherency(self) -> bool:
         """Each leaf made from now on has a bit for it."""
         if not self._support_force_snooping():
@@ -121,3 +152,11 @@ class SecondStageDomain(PagingDomain):
         self.table.extra_leaf_bits |= SS_SNP
         self.force_snooping = True
         return True
+
+
+def _set_dirty_tracking(domain: DmarDomain, enable: bool) -> None:
+    """domain_set_dirty_tracking()."""
+    for info in domain.devices:
+        pasid_entries.setup_dirty_tracking(info, IOMMU_NO_PASID, enable)
+    for info, pasid in domain.dev_pasids:
+        pasid_entries.setup_dirty_tracking(info, pasid, enable)

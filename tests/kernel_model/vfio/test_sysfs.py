@@ -120,3 +120,24 @@ def test_functions_of_one_group_are_owned_together(kernel: Kernel) -> None:
         with pytest.raises(PermissionError):
             VFIO_DEVICE_BIND_IOMMUFD(two, iommufd=other.fileno())
         assert VFIO_DEVICE_BIND_IOMMUFD(two, iommufd=iommu.fileno()).out_devid == 2
+
+
+def test_paths_of_an_arm_board_are_those_of_its_device_tree() -> None:
+    """As the arm64 guest of 7.3.4 shows them."""
+    with Kernel("virt-smmuv3") as kernel:
+        here = f"{DEVICES}/{EDU}"
+        bridge = "devices/platform/4010000000.pcie/pci0000:00"
+        smmu = "smmu3.0x0000000009050000"
+        assert kernel.listdir("/sys/class/iommu") == [smmu]
+        assert kernel.readlink(f"/sys/class/iommu/{smmu}") == f"../../devices/platform/9050000.smmuv3/iommu/{smmu}"
+        assert kernel.readlink(f"/sys/class/iommu/{smmu}/device") == "../../../9050000.smmuv3"
+        assert kernel.readlink(here) == f"../../../{bridge}/{EDU}"
+        assert kernel.readlink(f"{here}/iommu") == f"../../../9050000.smmuv3/iommu/{smmu}"
+        assert kernel.readlink(f"{here}/iommu_group") == "../../../../../kernel/iommu_groups/5"
+        assert (
+            kernel.readlink(f"/sys/class/iommu/{smmu}/devices/{EDU}") == f"../../../../4010000000.pcie/pci0000:00/{EDU}"
+        )
+        assert show(kernel, f"{here}/resource").startswith("0x0000000010000000 0x00000000100fffff 0x0000000000040200\n")
+        assert show(kernel, "/sys/kernel/iommu_groups/5/reserved_regions") == (
+            "0x0000000008000000 0x00000000080fffff msi\n"
+        )
