@@ -144,6 +144,7 @@ class Machine:
             send_interrupt=self.root.interrupt,
             on_fault=self.last_faults.append,
             downstream=self.root,
+            host_address_bits=self.memory.address_bits,
         )
         self.mmio.add(base, unit)
         self.units.append(unit)

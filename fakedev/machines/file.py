@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,10 +24,12 @@ from fakedev.endpoints.hostile import Hostile
 from fakedev.endpoints.iommu_testdev import BAR_SIZE as TESTDEV_BAR_SIZE
 from fakedev.endpoints.iommu_testdev import IommuTestdev
 from fakedev.machine import SMMU_BASE, VTD_BASE, VTD_LEGACY_CAP, VTD_LEGACY_ECAP, Machine
+from fakedev.machines import virt
 from fakedev.machines.named import machine
-from fakedev.memory import LOW_RAM_LIMIT, PhysicalMemory
+from fakedev.memory import ADDRESS_BITS, LOW_RAM_LIMIT, PhysicalMemory
 from fakedev.pci import MEM32, Bar, PciFunction, rid_of
 from fakedev.pcie import PCI_EXP_TYPE_ENDPOINT, PCI_EXP_TYPE_RC_END
+from fakedev.smmuv3.regs import QEMU_VIRT
 from fakedev.smmuv3.regs import Features as SmmuFeatures
 from fakedev.smmuv3.unit import SmmuV3
 from fakedev.vtd.features import SCALABLE
@@ -37,16 +39,38 @@ from fakedev.vtd.unit import VtdUnit
 Table: TypeAlias = dict[str, Any]
 Unit: TypeAlias = VtdUnit | SmmuV3
 
-#: Where BARs go that the file gives no address, and where that stops.
-_BARS_START, _BARS_END = 0xC000_0000, 0xFEC0_0000
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-_MACHINE_KEYS = {"name", "ram", "kernel_arguments", "iommu", "device", "bridge"}
+_MACHINE_KEYS = {"name", "board", "ram", "kernel_arguments", "iommu", "device", "bridge"}
 _IOMMU_KEYS = {"name", "kind", "base", "preset", "features"}
 _DEVICE_KEYS = {"kind", "address", "iommu", "bar", "bus_master", "properties", "ats"}
 #: What the firmware may say of a device.
 _PROPERTIES = ("dma-can-stall",)
 _BRIDGE_KEYS = {"kind", "address", "buses", "iommu", "acs"}
 _ACS_BITS = {"sv": 1, "tb": 2, "rr": 4, "cr": 8, "uf": 0x10, "dt": 0x40}
+
+
+@dataclass(frozen=True)
+class _Board:
+    """What lies where around the IOMMUs: RAM, the BARs that the file gives no address, the doorbell of MSIs."""
+
+    iommu: str
+    ram_start: int
+    ram: str
+    bars_start: int
+    bars_end: int
+    its: int | None = None
+    host_bridge: str = ""
+
+    @property
+    def bars_low(self) -> int:
+        """Below are no BARs."""
+        return LOW_RAM_LIMIT if self.its is None else self.bars_start
+
+
+_BOARDS = {
+    "pc": _Board("vtd", 0, "2 GiB", 0xC000_0000, 0xFEC0_0000),
+    "virt": _Board("smmuv3", virt.RAM_START, "1 GiB", virt.BARS, virt.BARS_END, virt.ITS_BASE, virt.HOST_BRIDGE),
+}
 
 
 class MachineFileError(ValueError):
@@ -108,12 +132,13 @@ def load(path: str | Path) -> Machine:
     arguments = where.get(table, "kernel_arguments", str, "")
     # Everything is looked at before memory is taken.
     plan = _Plan(where, table)
-    size = _ram(where, table.get("ram", "2 GiB"))
+    board = plan.board
+    size = _ram(where, table.get("ram", board.ram))
     try:
-        memory = PhysicalMemory(size)
+        memory = PhysicalMemory(size, board.ram_start, address_bits=plan.address_bits)
     except ValueError as error:
         raise where.error(f"'ram': {error}") from error
-    box = Machine(name, memory, arguments)
+    box = Machine(name, memory, arguments, its=board.its, host_bridge=board.host_bridge)
     try:
         plan.furnish(box)
     except BaseException:
@@ -140,13 +165,24 @@ class _Plan:
         self._units: dict[str, Callable[[Machine], Unit]] = {}
         self._functions: list[tuple[_Where, Table, bool]] = []
         self._bases: list[tuple[int, int, str]] = []
-        self._next_bar = _BARS_START
+        self.board = self._board(table)
+        #: Of physical addresses that every unit can put out.
+        self.address_bits = ADDRESS_BITS
+        self._next_bar = self.board.bars_start
         for number, one in enumerate(where.tables(table, "iommu"), 1):
             self._iommu(number, one)
         for key in ("bridge", "device"):
             for number, one in enumerate(where.tables(table, key), 1):
                 place = f" ({one['address']})" if isinstance(one.get("address"), str) else ""
                 self._functions.append((_Where(where.file, f"{key} {number}{place}"), one, key == "bridge"))
+
+    def _board(self, table: Table) -> _Board:
+        """The board that the file names, else the one that its first IOMMU belongs on."""
+        first = next(iter(self._where.tables(table, "iommu")), {})
+        name = self._where.get(table, "board", str, "virt" if first.get("kind") == "smmuv3" else "pc")
+        if name not in _BOARDS:
+            raise self._where.error(f"no board {name!r}; there are {', '.join(_BOARDS)}")
+        return _BOARDS[name]
 
     def _iommu(self, number: int, table: Table) -> None:
         where = _Where(self._where.file, f"iommu {number}")
@@ -166,10 +202,14 @@ class _Plan:
             size, base = 0x20000, where.get(table, "base", int, SMMU_BASE)
             if isinstance(changes.get("granules"), list):
                 changes = {**changes, "granules": tuple(changes["granules"])}
-            chosen = self._features(where, SmmuFeatures() if preset is None else None, preset, [], changes)
+            known = {"everything": SmmuFeatures(), "qemu": QEMU_VIRT}
+            chosen = self._features(where, known.get(preset or "everything"), preset, list(known), changes)
+            self.address_bits = min(self.address_bits, chosen.oas)
             self._units[name] = lambda box: box.add_smmu(base, chosen)
         else:
             raise where.error(f'\'kind\' is "vtd" or "smmuv3", not {kind!r}')
+        if kind != self.board.iommu:
+            raise where.error(f"{kind!r} is not on this board, which has {self.board.iommu!r}")
         aligned = min(size, 0x10000)
         if base % aligned or not 0 <= base < 1 << 52:
             raise where.error(f"'base' {base:#x} is no multiple of {aligned:#x} below 2**52")
@@ -180,8 +220,7 @@ class _Plan:
 
     def _features(self, where: _Where, start: Any, preset: str | None, presets: list[str], changes: Table) -> Any:
         if start is None:
-            known = f"there are {', '.join(presets)}" if presets else "this kind has none"
-            raise where.error(f"no preset {preset!r}; {known}")
+            raise where.error(f"no preset {preset!r}; there are {', '.join(presets)}")
         known_fields = {field.name: type(getattr(start, field.name)) for field in fields(start)}
         for key, value in changes.items():
             if key not in known_fields:
@@ -309,8 +348,9 @@ class _Plan:
             while any(base < end and other < base + size for other, end, _ in self._bases):
                 base += size
             self._next_bar = base + size
-        if base % size or not LOW_RAM_LIMIT <= base <= _BARS_END - size:
-            raise where.error(f"'bar' {base:#x} is no multiple of {size:#x} from {LOW_RAM_LIMIT:#x} to {_BARS_END:#x}")
+        low, end = self.board.bars_low, self.board.bars_end
+        if base % size or not low <= base <= end - size:
+            raise where.error(f"'bar' {base:#x} is no multiple of {size:#x} from {low:#x} to {end:#x}")
         for other, end, whose in self._bases:
             if base < end and other < base + size:
                 raise where.error(f"its registers at {base:#x} overlap those of {whose}")

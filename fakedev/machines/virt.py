@@ -20,7 +20,9 @@ from fakedev.smmuv3.regs import QEMU_VIRT, Features
 #: Where the board has its RAM, and its interrupt translation service.
 RAM_START, RAM_SIZE = 0x4000_0000, 0x4000_0000
 ITS_BASE = 0x0808_0000
-_BARS, _BARS_64 = 0x1000_0000, 0x80_0000_0000
+#: Where it has BARs, and what its device tree calls the host bridge that leads there.
+BARS, BARS_END, _BARS_64 = 0x1000_0000, 0x3EFF_0000, 0x80_0000_0000
+HOST_BRIDGE = "4010000000.pcie"
 #: An SMMU with everything.
 EVERYTHING = Features(sev=True, small_tables=True)
 #: The firmware says that no device bypasses the caches, without which Linux gives out no vIOMMUs. QEMU's says nothing:
@@ -36,7 +38,7 @@ def _virtio(slot: int, device_id: int, class_code: int, ports: int, port_size: i
         class_code,
         subsystem=(0x1AF4, device_id - 0x1000),
         bars=[Bar(port_size, IO), Bar(0x1000, MEM32), None, None, Bar(0x4000, MEM64, prefetchable=True)],
-        addresses=[ports, _BARS + 0x10_0000 + 0x1000 * (slot - 1), 0, 0, _BARS_64 + 0x4000 * (slot - 1)],
+        addresses=[ports, BARS + 0x10_0000 + 0x1000 * (slot - 1), 0, 0, _BARS_64 + 0x4000 * (slot - 1)],
         interrupt_pin=1,
         command=0x407,
     )
@@ -54,13 +56,13 @@ def virt_smmuv3_max() -> Machine:
 
 def _board(name: str, features: Features, *more: PciFunction) -> Machine:
     memory = PhysicalMemory(RAM_SIZE, RAM_START, address_bits=features.oas)
-    box = Machine(name, memory, its=ITS_BASE, host_bridge="4010000000.pcie")
+    box = Machine(name, memory, its=ITS_BASE, host_bridge=HOST_BRIDGE)
     unit = box.add_smmu(SMMU_BASE, features)
     functions = [
         PciFunction("0000:00:00.0", (0x1B36, 0x0008), 0x060000, subsystem=(0x1AF4, 0x1100)),
         *(_virtio(slot, 0x1009, 0x000200, 0x1040 + 0x20 * (slot - 1), 32) for slot in (1, 2, 3)),
         _virtio(4, 0x1003, 0x078000, 0x1000, 64),
-        Edu("0000:00:10.0", bar_address=_BARS),
+        Edu("0000:00:10.0", bar_address=BARS),
         *more,
     ]
     for function in functions:

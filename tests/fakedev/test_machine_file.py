@@ -79,6 +79,14 @@ def test_an_smmu_is_built_with_its_features(written):
     box = written('[[iommu]]\nkind = "smmuv3"\nfeatures = { oas = 40, pri = false, granules = [12, 16] }\n' + device())
     assert isinstance(box.units[0], SmmuV3)
     assert box.smmu_units[0][1] == [0x80]
+    assert (box.memory.address_bits, box.memory.ram_start, box.its) == (40, 1 << 30, 0x808_0000)
+    assert box.functions[0].bar_address(0) == 0x1000_0000
+
+
+def test_a_board_without_an_iommu_is_the_one_that_the_file_names(written):
+    box = written('board = "virt"\nram = "16 MiB"\n' + device())
+    assert (box.memory.ram_start, box.memory.ram_end, box.units) == (1 << 30, (1 << 30) + (16 << 20), [])
+    assert box.memory.address_bits == 52
 
 
 def test_functions_of_one_slot_say_so(written):
@@ -118,7 +126,12 @@ NONSENSE = [
     (IOMMU + "features = { warp = 9 }", "no feature 'warp'"),
     (IOMMU + 'features = { cm = "on" }', "the feature 'cm' is of type int, not 'on'"),
     (IOMMU + "features = { nest = 1 }", "'features': nest needs"),
-    ('[[iommu]]\nkind = "smmuv3"\npreset = "legacy"', "this kind has none"),
+    ('[[iommu]]\nkind = "smmuv3"\npreset = "legacy"', "no preset 'legacy'; there are everything, qemu"),
+    ('board = "pi"', "no board 'pi'; there are pc, virt"),
+    ('board = "virt"\n' + IOMMU, "'vtd' is not on this board, which has 'smmuv3'"),
+    (IOMMU + '[[iommu]]\nkind = "smmuv3"', "'smmuv3' is not on this board, which has 'vtd'"),
+    ('board = "virt"\nram = "2 GiB"', "not a multiple of 4 KiB up to 0x80000000"),
+    ('board = "virt"\n' + device(more="bar = 0xc0000000"), "from 0x10000000 to 0x3eff0000"),
     ('[[iommu]]\nkind = "smmuv3"\nfeatures = { oas = 33 }', "output addresses of 33 bits"),
     ('[[device]]\nkind = "edu"', "'address' is as \"0000:00:10.0\""),
     (device("00:10.0"), "'address' is as"),
