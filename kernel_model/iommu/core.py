@@ -375,8 +375,9 @@ def _group_set_core_domain(group: Group) -> None:
     _group_set_domain_nofail(group, group.blocking_domain if group.owner is not None else group.default_domain)
 
 
-def _ops_compatible(driver: IommuDriver, domain: Domain) -> bool:
-    return domain.owner is driver or domain is driver.blocked_domain or domain is driver.identity_domain
+def ops_compatible(driver: IommuDriver, domain: Domain) -> bool:
+    """domain_iommu_ops_compatible(): it is of that kind of IOMMU. Whether of that unit, the driver looks itself."""
+    return type(domain.owner) is type(driver)
 
 
 def attach_group(domain: Domain, group: Group) -> None:
@@ -384,7 +385,7 @@ def attach_group(domain: Domain, group: Group) -> None:
     if group.domain is not None and group.domain not in (group.default_domain, group.blocking_domain):
         raise KernelError(errno.EBUSY, f"group {group.id} is attached to another domain")
     driver = group.devices[0].iommu
-    if driver is None or not _ops_compatible(driver, domain):
+    if driver is None or not ops_compatible(driver, domain):
         raise KernelError(errno.EINVAL, f"the domain belongs to another IOMMU than group {group.id}")
     group_set_domain(group, domain)
 
@@ -411,7 +412,7 @@ def replace_group_handle(group: Group, new: Domain, handle: AttachHandle) -> Non
     moved to a HWPT of VT-d, or the other way round, takes that kernel down.
     """
     driver = group.devices[0].iommu
-    if driver is None or not _ops_compatible(driver, new):
+    if driver is None or not ops_compatible(driver, new):
         raise KernelError(errno.EINVAL, f"the domain belongs to another IOMMU than group {group.id}")
     group_set_domain(group, new)
     handle.domain = new
@@ -461,7 +462,7 @@ def attach_device_pasid(domain: Domain, device: Device, pasid: int, handle: Atta
         raise KernelError(errno.ENODEV, f"{device.name} is in no IOMMU group")
     if not domain.takes_pasids or driver.blocked_domain is None or not driver.blocked_domain.takes_pasids:
         raise KernelError(errno.EOPNOTSUPP, f"{driver.name} takes no PASIDs")
-    if not _ops_compatible(driver, domain) or pasid == IOMMU_NO_PASID:
+    if not ops_compatible(driver, domain) or pasid == IOMMU_NO_PASID:
         raise KernelError(errno.EINVAL, f"PASID {pasid} with a domain of {domain.owner.name}")
     for member in group.devices:
         if member.max_pasids and pasid >= member.max_pasids:
@@ -485,7 +486,7 @@ def replace_device_pasid(domain: Domain, device: Device, pasid: int, handle: Att
     if not domain.takes_pasids:
         raise KernelError(errno.EOPNOTSUPP, f"{driver.name} takes no PASIDs")
     current = group.pasid_array.get(pasid)
-    if not _ops_compatible(driver, domain) or pasid == IOMMU_NO_PASID or current is None:
+    if not ops_compatible(driver, domain) or pasid == IOMMU_NO_PASID or current is None:
         raise KernelError(errno.EINVAL, f"PASID {pasid} of group {group.id} cannot be replaced")
     if current.domain is not domain:
         _set_group_pasid(domain, group, pasid, current.domain)

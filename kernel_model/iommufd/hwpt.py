@@ -186,7 +186,7 @@ def nested_alloc(ctx: Context, parent: HwptPaging, dev: core.Device, flags: int,
     if flags & ~known or not user_data.length or driver is None or not driver.has_nested:
         raise KernelError(errno.EOPNOTSUPP, f"flags {flags:#x} with {user_data.length} bytes of data")
     below = parent.domain
-    if parent.auto_domain or not parent.nest_parent or below is None or below.owner is not driver:
+    if parent.auto_domain or not parent.nest_parent or below is None or not core.ops_compatible(driver, below):
         raise KernelError(errno.EINVAL, f"HWPT {parent.id} is no parent for nesting")
     return nested_hwpt(ctx, parent, None, flags, lambda rest: driver.domain_alloc_nested(dev, below, rest, user_data))
 

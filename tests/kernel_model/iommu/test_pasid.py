@@ -58,6 +58,10 @@ class Driver(IommuDriver):
         return WIDTH[device.name]
 
 
+class OtherDriver(Driver):
+    pass
+
+
 @pytest.fixture
 def driver():
     return Driver()
@@ -115,7 +119,7 @@ def test_a_group_without_pasids_takes_any_number_and_tells_nobody(driver):
 
 def test_order_of_the_refusals(driver, group):
     device = group.devices[0]
-    foreign, without = Remembering(Driver(), "foreign"), Remembering(driver, "without")
+    foreign, without = Remembering(OtherDriver(), "foreign"), Remembering(driver, "without")
     without.takes_pasids = False
     attach = core.attach_device_pasid
     assert error_of(attach, foreign, Device("a", driver), 0, AttachHandle()) == errno.ENODEV
@@ -140,7 +144,7 @@ def test_replacing_what_is_not_attached_is_einval_and_by_a_domain_without_pasids
     without = Remembering(driver, "y")
     without.takes_pasids = False
     assert error_of(core.replace_device_pasid, without, device, 5, AttachHandle()) == errno.EOPNOTSUPP
-    foreign = Remembering(Driver(), "z")
+    foreign = Remembering(OtherDriver(), "z")
     assert error_of(core.replace_device_pasid, foreign, device, 5, AttachHandle()) == errno.EINVAL
     loose = Device("a", driver)
     assert error_of(core.replace_device_pasid, foreign, loose, 5, AttachHandle()) == errno.ENODEV
