@@ -66,6 +66,8 @@ LEFT = {
         "struct iommufd_attach_handle",
         "struct iommu_domain_info",
         "struct cache_tag",
+        "struct qi_batch",
+        "struct iommu_fault_param",
         "a table or queue",
     ),
 }

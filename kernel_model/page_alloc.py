@@ -55,6 +55,10 @@ class PageAllocator:
         self._out.add(page)
         return page
 
+    def keep(self, page: int) -> None:
+        """Whoever has the page keeps it for good: it is not counted any more."""
+        self._out.remove(page)
+
     def _alloc_large(self, size: int) -> int:
         again = self._free_large.get(size)
         if again:

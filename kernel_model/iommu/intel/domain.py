@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from kernel_model.iommu.intel.iommu import IntelIommu
 
 
+def alloc_dmar_domain() -> None:
+    """The memory for a `struct dmar_domain`, which a driver asks for before it makes a table. ENOMEM."""
+    if injecting:
+        kmalloc("struct dmar_domain")
+
+
 class DmarDomain(PasidUser):
     """`struct dmar_domain`: what is attached to it, of any kind.
 
@@ -32,8 +38,6 @@ class DmarDomain(PasidUser):
     """
 
     def __init__(self, owner: IntelIommu, cache_tags: CacheTags) -> None:
-        if injecting:
-            kmalloc("struct dmar_domain")
         super().__init__(owner)
         self.cache_tags = cache_tags
         #: Those whose requests without a PASID it translates, the newest first; and the PASIDs.

@@ -17,7 +17,7 @@ from kernel_model.iommu.intel import pasid as pasid_entries
 from kernel_model.iommu.intel.cache import CacheTags
 from kernel_model.iommu.intel.device import DeviceInfo
 from kernel_model.iommu.intel.dmar import IntelUnit
-from kernel_model.iommu.intel.domain import PagingDomain
+from kernel_model.iommu.intel.domain import PagingDomain, alloc_dmar_domain
 from kernel_model.iommu.pgtable import PageTable
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class FirstStageDomain(PagingDomain):
     """A `struct dmar_domain` whose table is the first stage."""
 
     def __init__(self, owner: IntelIommu, unit: IntelUnit) -> None:
+        alloc_dmar_domain()
         caps = unit.caps
         self._vasz_lg2, top_level = first_stage_width(caps.mgaw, caps.first_stage_5_levels)
         fmt = X86FirstStage(ADDRESS_BITS)

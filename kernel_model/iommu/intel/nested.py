@@ -19,7 +19,7 @@ from kernel_model.iommu.intel import pasid as pasid_entries
 from kernel_model.iommu.intel.cache import CacheTags
 from kernel_model.iommu.intel.device import DeviceInfo, info_of
 from kernel_model.iommu.intel.dmar import IntelUnit
-from kernel_model.iommu.intel.domain import DmarDomain
+from kernel_model.iommu.intel.domain import DmarDomain, alloc_dmar_domain
 from kernel_model.iommu.intel.second_stage import SecondStageDomain
 from kernel_model.iommu.intel.static import block_translation
 from uapi.cstruct import offsetofend
@@ -53,6 +53,7 @@ class NestedDomain(DmarDomain):
     type = IOMMU_DOMAIN_NESTED
 
     def __init__(self, owner: IntelIommu, s2_domain: SecondStageDomain, s1_cfg: iommu_hwpt_vtd_s1) -> None:
+        alloc_dmar_domain()
         super().__init__(owner, CacheTags(by_pasid=True))
         self.s2_domain = s2_domain
         self._s1 = _stage1(s1_cfg)

@@ -53,6 +53,7 @@ class PasidTable:
                 table = self._unit.pages.alloc()
             except KernelError as error:
                 raise KernelError(errno.ENODEV, "no page for a PASID table") from error
+            self._unit.pages.keep(table)
             self._words[index] = entries.directory_entry(table)
         return (table >> 3) + _WORDS * (pasid & entries.PASID_TABLE_MASK)
 

@@ -20,7 +20,7 @@ from kernel_model.iommu.intel.cache import CacheTags
 from kernel_model.iommu.intel.context import context_set
 from kernel_model.iommu.intel.device import DeviceInfo
 from kernel_model.iommu.intel.dmar import IntelUnit
-from kernel_model.iommu.intel.domain import DmarDomain, PagingDomain
+from kernel_model.iommu.intel.domain import DmarDomain, PagingDomain, alloc_dmar_domain
 from kernel_model.iommu.pgtable import PageTable
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class SecondStageDomain(PagingDomain):
         nested_parent: bool = False,
         dirty: bool = False,
     ) -> None:
+        alloc_dmar_domain()
         caps = unit.caps
         fmt = VtdSecondStage(ADDRESS_BITS, caps.sllps, caps.snoop_control, caps.device_tlb)
         table = PageTable(fmt, owner.memory, owner.pages, top_level, address_bits)
