@@ -1,4 +1,5 @@
-"""Which IOVAs the hardware of the suite's device leaves to a client: the end of the aperture, the window of interrupts.
+"""What the hardware in front of the suite's device leaves to a client: the end of the aperture, the window of
+interrupts, and what HWPTs can be.
 
 A kernel is asked which IOMMU it has, and what its registers say; what follows from that is here as the drivers' source
 has it (compute_vasz_lg2_fs() and -_ss() of drivers/iommu/intel/iommu.c, arm_smmu_domain_finalise()). A test that takes
@@ -14,7 +15,12 @@ import pytest
 
 from conformance.offers import bound
 from uapi.backend import Backend, File
-from uapi.iommufd import IOMMU_GET_HW_INFO, IOMMU_HW_INFO_TYPE_ARM_SMMUV3, IOMMU_HW_INFO_TYPE_INTEL_VTD
+from uapi.iommufd import (
+    IOMMU_GET_HW_INFO,
+    IOMMU_HW_CAP_DIRTY_TRACKING,
+    IOMMU_HW_INFO_TYPE_ARM_SMMUV3,
+    IOMMU_HW_INFO_TYPE_INTEL_VTD,
+)
 
 #: Set while tests are collected.
 LAYOUT = pytest.StashKey["Layout | None"]()
@@ -24,13 +30,16 @@ LAYOUT = pytest.StashKey["Layout | None"]()
 class Layout:
     """[0, last] is the aperture; [msi_start, msi_last] a device may not be given, as interrupts go there.
 
-    `write_only`: a mapping can be written to without being readable.
+    `write_only`: a mapping can be written to without being readable. `dirty`: what is written to can be tracked.
+    `snoop_control`: devices' no-snoop requests can be made to snoop.
     """
 
     last: int
     msi_start: int
     msi_last: int
     write_only: bool
+    dirty: bool
+    snoop_control: bool
 
     @property
     def aperture(self) -> list[tuple[int, int]]:
@@ -69,9 +78,21 @@ def find_layout(backend: Backend) -> Layout | None:
         reply = IOMMU_GET_HW_INFO(iommu, dev_id=dev_id, data_len=64, data_uptr=buffer.address)
         if reply.out_data_type == IOMMU_HW_INFO_TYPE_INTEL_VTD:
             cap, ecap = struct.unpack_from("<QQ", buffer.view, 8)
-            found.append(Layout(vtd_last(cap, ecap), 0xFEE0_0000, 0xFEEF_FFFF, not vtd_first_stage(ecap)))
+            found.append(
+                Layout(
+                    vtd_last(cap, ecap),
+                    0xFEE0_0000,
+                    0xFEEF_FFFF,
+                    write_only=not vtd_first_stage(ecap),
+                    dirty=bool(ecap >> 43 & ecap >> 45 & ecap >> 48 & 1),
+                    snoop_control=bool(ecap >> 7 & 1),
+                )
+            )
         elif reply.out_data_type == IOMMU_HW_INFO_TYPE_ARM_SMMUV3:
-            found.append(Layout((1 << 48) - 1, 0x800_0000, 0x80F_FFFF, False))
+            dirty = bool(reply.out_capabilities & IOMMU_HW_CAP_DIRTY_TRACKING)
+            found.append(
+                Layout((1 << 48) - 1, 0x800_0000, 0x80F_FFFF, write_only=False, dirty=dirty, snoop_control=False)
+            )
         buffer.close()
 
     bound(backend, ask)

@@ -12,6 +12,7 @@ import pytest
 
 from conformance.drivers.edu import Edu
 from conformance.drivers.vfio import VfioDevice
+from conformance.layout import Layout
 from conformance.steps import PAGE, fails, ioas_alloc, iova_ranges, option_get
 from uapi.backend import Backend, Buffer, File
 from uapi.iommufd import IOMMU_OPTION_HUGE_PAGES, IOMMU_VFIO_IOAS, IOMMU_VFIO_IOAS_SET
@@ -155,10 +156,10 @@ def test_type1_beside_a_domain_alone_switches_large_pages_off(iommu: File, devic
     assert option_get(iommu, IOMMU_OPTION_HUGE_PAGES, ioas) == 0
 
 
-def test_coherency_is_what_every_hwpt_enforces(iommu: File, device: VfioDevice, ioas: int) -> None:
+def test_coherency_is_what_every_hwpt_enforces(iommu: File, device: VfioDevice, ioas: int, layout: Layout) -> None:
     assert VFIO_CHECK_EXTENSION.raw(iommu, VFIO_DMA_CC_IOMMU) == 1
     device.attach(ioas)
-    assert VFIO_CHECK_EXTENSION.raw(iommu, VFIO_DMA_CC_IOMMU) == 0
+    assert VFIO_CHECK_EXTENSION.raw(iommu, VFIO_DMA_CC_IOMMU) == layout.snoop_control
 
 
 def test_info_has_the_domains_page_sizes_and_the_ranges_that_are_left(
