@@ -49,7 +49,7 @@ def copy_with(fault: Fault | None, where: Path) -> None:
 
 
 def suite(where: Path, machine: str, tests: Iterable[str]) -> dict[str, str]:
-    """Verdicts of tests of the suite in a copy, by id with and without parameters: "failed" if any did, then "passed"."""
+    """Verdicts of tests of the suite in a copy by id, with and without parameters: "failed" if any did."""
     command = [sys.executable, "-m", "iommulab", "conformance", "--machine", machine, "--caching", CACHING]
     command += ["-n", "1", "--report", str(where / "report"), *tests]
     environment = os.environ | {"PYTHONPATH": str(where)}
