@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fakedev.vtd import entries
-from tests.qemu import smmu_cases, vtd_legacy, vtd_scalable
+from tests.qemu import smmu_cases, vtd_interrupts, vtd_legacy, vtd_scalable
 from tests.qemu.departures import same
 from tests.qemu.qtest import find_qemu
 from tests.qemu.rig import Case, Rig, play_all
@@ -29,17 +29,19 @@ class Judged:
     case: Callable[[int], Case]
     theirs: Callable[[str], tuple[Rig, dict]]
     ours: Callable[[dict], Rig]
+    #: How many new cases a live run asks: QEMU takes a hundred times as long for a read.
+    live: int = 20_000
 
 
 #: SSTS and SMPWC of ECAP, which ours is told of where QEMU has not got them (tests/qemu/departures.py says why).
 _MORE = 1 << 46 | 1 << 48
 
 
-def _vtd(options: str, bits: int = 48, scalable: bool = False) -> Callable[[str], tuple[Rig, dict]]:
+def _vtd(options: str, bits: int = 48, scalable: bool = False, **more: bool) -> Callable[[str], tuple[Rig, dict]]:
     def start(program: str) -> tuple[Rig, dict]:
-        rig = QemuVtd(program, options, scalable)
+        rig = QemuVtd(program, options, scalable, **more)
         ecap = rig.ecap | (_MORE if scalable else 0)
-        return rig, {"cap": rig.cap, "ecap": ecap, "bits": bits, "scalable": scalable}
+        return rig, {"cap": rig.cap, "ecap": ecap, "bits": bits, "scalable": scalable, **more}
 
     return start
 
@@ -96,8 +98,41 @@ UNITS = {
             _vtd(",scalable-mode=on,fsts=on", scalable=True),
             _our_vtd,
         ),
+        Judged("vtd-reads", "vtd", "x86_64", vtd_legacy.reads, _vtd(""), _our_vtd, live=1000),
+        *(
+            Judged(
+                f"vtd-reads-{name}",
+                "vtd",
+                "x86_64",
+                vtd_scalable.reads(pgtt),
+                _vtd(options, scalable=True),
+                _our_vtd,
+                live=1000,
+            )
+            for name, pgtt, options in (
+                ("second", entries.PGTT_SECOND, ",scalable-mode=on"),
+                ("first", entries.PGTT_FIRST, ",scalable-mode=on,fsts=on"),
+            )
+        ),
+        Judged(
+            "vtd-interrupts",
+            "vtd",
+            "x86_64",
+            vtd_interrupts.cases(extended=False),
+            _vtd(",intremap=on", interrupts=True),
+            _our_vtd,
+        ),
+        Judged(
+            "vtd-interrupts-extended",
+            "vtd",
+            "x86_64",
+            vtd_interrupts.cases(extended=True),
+            _vtd(",intremap=on,eim=on", interrupts=True, extended=True),
+            _our_vtd,
+        ),
         Judged("smmuv3-config", "smmuv3", "aarch64", smmu_cases.config, _smmu, _our_smmu),
         Judged("smmuv3-two-level", "smmuv3", "aarch64", smmu_cases.two_level, _smmu_two_level, _our_smmu),
+        Judged("smmuv3-reads", "smmuv3", "aarch64", smmu_cases.reads, _smmu, _our_smmu, live=2000),
         *(
             Judged(f"smmuv3-{name}", "smmuv3", "aarch64", smmu_cases.cases(kind), _smmu, _our_smmu)
             for name, kind in (("s1", smmu_cases.S1), ("s2", smmu_cases.S2), ("nested", smmu_cases.NESTED))
@@ -148,7 +183,7 @@ def record(name: str, cases: int, first: int = 0) -> None:
     pairs: list = []
     number = first // PER_FILE
     parameters: dict = {}
-    for parameters, case, answers in asked(unit, program, range(cases)):
+    for parameters, case, answers in asked(unit, program, range(first, first + cases)):
         pairs.append([case, answers])
         if len(pairs) == PER_FILE:
             print(save(name, number, {"unit": name, "parameters": parameters, "cases": pairs}))

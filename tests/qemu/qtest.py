@@ -17,6 +17,8 @@ import time
 SMALLEST = 11
 #: Seconds without a word from QEMU.
 _TIMEOUT = 120.0
+#: Bytes of stderr that are kept.
+_KEPT = 16 << 20
 
 
 class QtestError(Exception):
@@ -61,8 +63,12 @@ class Qtest:
         assert self.process.stdout is not None
         self._in = self.process.stdin.fileno()
         self._out = self.process.stdout.fileno()
+        assert self.process.stderr is not None
+        self._err = self.process.stderr.fileno()
         os.set_blocking(self._in, False)
+        os.set_blocking(self._err, False)
         self._rest = b""
+        self._said = b""
 
     def __enter__(self) -> Qtest:
         return self
@@ -88,11 +94,13 @@ class Qtest:
         while replies < len(commands):
             left = deadline - time.monotonic()
             readable, writable, _ = select.select(
-                [self._out], [self._in] if sent < len(out) else [], [], max(left, 0.0)
+                [self._out, self._err], [self._in] if sent < len(out) else [], [], max(left, 0.0)
             )
             if left <= 0:
                 raise QtestError(f"no reply in {self.timeout} s to {commands[min(replies, len(commands) - 1)]!r}")
-            if readable:
+            if self._err in readable:
+                self._listen()
+            if self._out in readable:
                 chunk = os.read(self._out, 1 << 20)
                 if not chunk:
                     raise QtestError(f"QEMU ended: {self._last_words()}")
@@ -120,7 +128,21 @@ class Qtest:
                 raise QtestError(f"{commands[len(answers)]!r}: {line.decode(errors='replace')}")
         return answers
 
+    def heard(self) -> list[str]:
+        """The lines of traces and complaints since the last time. All that the replies so far caused are there."""
+        self._listen()
+        whole, _, self._said = self._said.rpartition(b"\n")
+        return whole.decode(errors="replace").split("\n")
+
+    def _listen(self) -> None:
+        """Take what QEMU has to say on stderr, of which the end is kept: a full pipe would stop it."""
+        try:
+            while chunk := os.read(self._err, 1 << 16):
+                self._said = (self._said + chunk)[-_KEPT:]
+        except BlockingIOError:
+            pass
+
     def _last_words(self) -> str:
         self.process.wait(10)
-        assert self.process.stderr is not None
-        return self.process.stderr.read().decode(errors="replace").strip() or f"status {self.process.returncode}"
+        self._listen()
+        return self._said.decode(errors="replace").strip() or f"status {self.process.returncode}"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from random import Random
 
 from fakedev.smmuv3 import commands, entries
-from tests.qemu.rig import Case
-from tests.qemu.smmu_rig import RAM, RAM_END, RIDS, SPLIT, STREAMS
+from tests.qemu.rig import Case, as_reads
+from tests.qemu.smmu_rig import RAM, RAM_END, READERS, RIDS, SPLIT, STREAMS
 
 CONTEXT = RAM + 0x40_0000
 #: Tables of stage 1 and stage 2 and pages, 64 KiB apart, so that any granule may have them.
@@ -216,9 +216,11 @@ def _low_bits(random: Random, bits: int) -> int:
     return (random.getrandbits(bits) & -4 | 1 << 24) & (1 << bits) - 1
 
 
-def draw(random: Random, kind: int, good: bool) -> tuple[Case, int, int, list[tuple[int, int]], list[int], int, int]:
+def draw(
+    random: Random, kind: int, good: bool, rids: tuple[int, ...] = RIDS
+) -> tuple[Case, int, int, list[tuple[int, int]], list[int], int, int]:
     """The memory of a case: (steps, rid, iova, words, addresses between, asid, vmid)."""
-    rid, asid, vmid = random.choice(RIDS), random.randrange(1, 200), random.randrange(1, 200)
+    rid, asid, vmid = random.choice(rids), random.randrange(1, 200), random.randrange(1, 200)
     s1 = regime(random)
     s2 = second_regime(random) if kind != NESTED else Regime(*random.choice(((12, 36), (12, 39), (14, 35), (16, 40))))
     while kind == NESTED and s1.granule > s2.granule:
@@ -276,15 +278,15 @@ class Second:
             self.words[where] = base | leaf_bits(self.random, 2, 0, good)
 
 
-def wild(random: Random, kind: int) -> Case:
+def wild(random: Random, kind: int, rids: tuple[int, ...] = RIDS) -> Case:
     """Anything wrong anywhere; nothing changes after the first write."""
-    case, rid, iova, words, between, *_ = draw(random, kind, good=False)
+    case, rid, iova, words, between, *_ = draw(random, kind, False, rids)
     case.append(write(rid, iova, words, between))
     for _ in range(random.randrange(3)):
         near = iova & -4096 | random.randrange(0, 4096, 4)
         if random.random() < 0.5:
             near ^= 1 << random.choice((12, 13, 14, 16, 21, 22))
-        case.append(write(random.choice(RIDS) if random.random() < 0.1 else rid, near, words, between))
+        case.append(write(random.choice(rids) if random.random() < 0.1 else rid, near, words, between))
     return case
 
 
@@ -355,6 +357,12 @@ def cases(kind: int) -> Callable[[int], Case]:
     return case
 
 
+def reads(seed: int) -> Case:
+    """As `cases` of any kind, with reads."""
+    random = Random(seed)
+    return as_reads(wild(random, random.choice((S1, S2, NESTED)), READERS))
+
+
 def two_level(seed: int) -> Case:
     """A stream found through a two-level table, with stage 1 tables from TTB0 or, for high addresses, TTB1."""
     random = Random(seed)
@@ -368,8 +376,8 @@ def two_level(seed: int) -> Case:
     elif not good and luck < 0.10:
         where = nowhere(random)
     s1 = regime(random)
-    case: Case = _store(STREAMS, [where | entries.L1STD_SPAN.put(span)])
-    case += _store(level_2 + 64 * rid, ste(random, S1, s1, 0, good))
+    case: Case = _store(STREAMS + 8 * (rid >> SPLIT), [where | entries.L1STD_SPAN.put(span)])
+    case += _store(level_2 + 64 * (rid & (1 << SPLIT) - 1), ste(random, S1, s1, 0, good))
     upper = random.random() < 0.6
     words = cd(random, s1, asid, good or upper, nested=False)
     if upper:

@@ -1,27 +1,24 @@
 """SMMUv3 in QEMU and ours, behind one interface, set up in the same way.
 
-RAM is 1 GiB from 1 GiB up; nothing answers from 2 to 3 GiB and above 2 TiB. Three functions write where they are told;
-their requester ids are the StreamIDs. Events are collected from the event queue: as many as there have been.
+RAM is 1 GiB from 1 GiB up; nothing answers from 2 to 3 GiB and above 2 TiB. Functions write and read where they are
+told; their requester ids are the StreamIDs. Events are collected from the event queue: as many as there have been.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fakedev.dma import DmaAbort
 from fakedev.machine import Machine
 from fakedev.memory import PhysicalMemory
-from fakedev.pci import PciFunction
 from fakedev.smmuv3 import commands, regs
 from fakedev.smmuv3.unit import SmmuV3
-from tests.qemu.qtest import Qtest
-from tests.qemu.rig import BLOCKED, ELSEWHERE, PATTERN, Rig
+from tests.qemu.hands import OurRig, QemuRig, Stores
 
 BASE, ECAM, BARS = 0x0905_0000, 0x3F00_0000, 0x1000_0000
 RAM, RAM_END = 1 << 30, 2 << 30
 STREAMS, SCRATCH, COMMANDS, EVENTS = RAM + 0x10_0000, RAM + 0x10_8000, RAM + 0x11_0000, RAM + 0x20_0000
-#: The requester ids of the three functions.
-RIDS = (0x08, 0x09, 0x10)
+#: The requester ids of the functions that write, and of those that read: on both sides of 80h.
+RIDS, READERS = (0x08, 0x09, 0x10, 0x88), (0x18, 0x19, 0x20, 0xA0)
 #: What differs between the features of `-machine virt`'s SMMUv3 and ours of all features.
 VIRT = {
     "oas": 44,
@@ -34,13 +31,14 @@ VIRT = {
     "s2fwb": False,
     "xnx": False,
 }
-_STREAM_LOG2, _COMMAND_LOG2, _EVENT_LOG2 = 6, 8, 15
+_STREAM_LOG2, _COMMAND_LOG2, _EVENT_LOG2 = 8, 8, 15
+_ON = regs.CR0_CMDQEN | regs.CR0_EVENTQEN | regs.CR0_SMMUEN
 _EVENT_INDEX = (1 << _EVENT_LOG2 + 1) - 1
 #: A two-level stream table: 64 streams a level 2 table, which a case puts where it likes.
 SPLIT = 6
 
 
-def _setup(two_level: bool) -> list[tuple[int, int, int]]:
+def _setup(two_level: bool) -> Stores:
     """The registers that turn translation on: (offset, width, value)."""
     table = regs.STRTAB_SPLIT.put(SPLIT) | regs.STRTAB_FMT.put(regs.STRTAB_FMT_2LVL) | 8 if two_level else _STREAM_LOG2
     return [
@@ -55,7 +53,7 @@ def _setup(two_level: bool) -> list[tuple[int, int, int]]:
         (regs.EVENTQ_CONS, 4, 0),
         (regs.STRTAB_BASE_CFG, 4, table),
         (regs.STRTAB_BASE, 8, STREAMS),
-        (regs.CR0, 4, regs.CR0_CMDQEN | regs.CR0_EVENTQEN | regs.CR0_SMMUEN),
+        (regs.CR0, 4, _ON),
     ]
 
 
@@ -79,56 +77,40 @@ class Queue:
         return stores
 
 
-class QemuSmmu(Rig):
+class QemuSmmu(QemuRig):
     """QEMU's SMMUv3 of `-machine virt`."""
 
     def __init__(self, program: str, two_level: bool = False) -> None:
-        arguments = "-machine virt,acpi=off,gic-version=3,iommu=smmuv3,highmem-ecam=off -cpu max -smp 1 -m 1G -net none"
-        devices = ["iommu-testdev,addr=1,multifunction=on", "iommu-testdev,addr=1.1", "iommu-testdev,addr=2"]
-        self.qemu = Qtest(program, [*arguments.split(" "), *(word for one in devices for word in ("-device", one))])
+        machine = "-machine virt,acpi=off,gic-version=3,iommu=smmuv3,highmem-ecam=off -cpu max -smp 1 -m 1G -net none"
+        super().__init__(program, machine.split(" "), BASE, BARS, SCRATCH, RIDS, READERS)
         self._queue = Queue()
         self._events = 0
-        self._commands: list[str] = []
-        self._wanted: list[tuple] = []
-        self._bars = {}
-        for number, rid in enumerate(RIDS):
-            self._bars[rid] = bar = BARS + number * 0x10_0000
-            for offset, value in ((0x10, bar), (4, 6)):
-                self._say(f"writel {ECAM + (rid << 12) + offset:#x} {value:#x}")
-            for offset, value in ((0x1C, SCRATCH), (0x20, 0), (0xC, 4), (0x18, 2)):
-                self._say(f"writel {bar + offset:#x} {value:#x}")
-        for offset, width, value in _setup(two_level):
-            self._register(offset, width, value)
+        #: The records of the requests since the last time, in the queue's order.
+        self._waiting: list[list[int]] = []
+        self._registers(_setup(two_level))
         self.qemu.ask(self._commands)
         self._commands.clear()
         names = {"idr0": regs.IDR0, "idr1": regs.IDR1, "idr3": regs.IDR3, "idr5": regs.IDR5}
         values = self.qemu.ask([f"readl {BASE + offset:#x}" for offset in names.values()])
         self.identification = dict(zip(names, values, strict=True))
 
-    def close(self) -> None:
-        self.qemu.close()
+    def _config(self, rid: int, offset: int, width: int, value: int) -> None:
+        self._say(f"write{'l' if width == 4 else 'w'} {ECAM + (rid << 12) + offset:#x} {value:#x}")
 
-    def _say(self, *said: str) -> int:
-        """Queue commands of qtest; the index of the first."""
-        self._commands += said
-        return len(self._commands) - len(said)
+    def _bypass(self, on: bool) -> Stores:
+        return [(regs.CR0, 4, _ON & ~regs.CR0_SMMUEN if on else _ON)]
 
-    def _register(self, offset: int, width: int, value: int) -> None:
-        self._say(f"write{'l' if width == 4 else 'q'} {BASE + offset:#x} {value:#x}")
+    def _ask_for_records(self) -> None:
+        self._last = self._say(f"readl {BASE + regs.EVENTQ_PROD:#x}")
 
-    def word(self, pa: int, value: int) -> None:
-        self._say(f"writeq {pa:#x} {value:#x}")
+    def _clear_records(self) -> None:
+        """They stay in the queue, which has room for those of all cases of a batch."""
 
-    def look(self, pa: int) -> None:
-        self._wanted.append(("l", self._say(f"readq {pa:#x}"), ()))
-
-    def dma(self, rid: int, iova: int, where: list[int]) -> None:
-        bar = self._bars[rid]
-        self._say(f"writel {bar + 4:#x} {iova & 0xFFFF_FFFF:#x}", f"writel {bar + 8:#x} {iova >> 32:#x}")
-        self._say(f"writel {bar + 0x14:#x} 1", f"readl {bar:#x}")
-        first = self._say(f"readl {bar + 0x10:#x}", f"readl {BASE + regs.EVENTQ_PROD:#x}")
-        self._wanted.append(("d", first, tuple(where)))
-        self._say(*(f"readl {pa:#x}" for pa in where), *(f"writel {pa:#x} 0" for pa in where))
+    def _records(self, replies: list[int], at: int) -> list[int]:
+        new = (replies[at] & _EVENT_INDEX) - self._events & _EVENT_INDEX
+        self._events = replies[at] & _EVENT_INDEX
+        found, self._waiting = self._waiting[:new], self._waiting[new:]
+        return [word for record in found for word in record]
 
     def invalidate(self, words: Iterable[int]) -> None:
         for pa, word in self._queue.put(words):
@@ -138,73 +120,38 @@ class QemuSmmu(Rig):
     def invalidate_all(self) -> None:
         self.invalidate(_ALL)
 
-    def settle(self) -> list:
+    def _check_and_send(self) -> list[int]:
         first = self._say(f"readl {BASE + regs.CMDQ_CONS:#x}", f"readl {BASE + regs.GERROR:#x}")
+        self._ask_for_records()
         replies = self.qemu.ask(self._commands)
-        if replies[first] != self._queue.index or replies[first + 1]:
-            raise AssertionError(f"the command queue stopped: CONS {replies[first]:#x}, GERROR {replies[first + 1]:#x}")
-        ends = [replies[at + 1] & _EVENT_INDEX for kind, at, _ in self._wanted if kind == "d"]
-        records = self._read_events(ends[-1]) if ends else []
-        answers: list = []
-        seen = 0
-        for kind, at, where in self._wanted:
-            if kind == "l":
-                answers.append(replies[at])
-                continue
-            landed = [pa for n, pa in enumerate(where) if replies[at + 2 + n] == PATTERN]
-            new = (replies[at + 1] & _EVENT_INDEX) - self._events & _EVENT_INDEX
-            self._events = replies[at + 1] & _EVENT_INDEX
-            events = [word for record in records[seen : seen + new] for word in record]
-            seen += new
-            answers.append(_answer(replies[at] == 0xDEAD_0002, landed, events))
-        self._commands.clear()
-        self._wanted.clear()
-        self._register(regs.EVENTQ_CONS, 4, self._events)
-        return answers
-
-    def _read_events(self, end: int) -> list[list[int]]:
+        _check_queue(replies[first], replies[first + 1], self._queue.index)
+        end = replies[self._last] & _EVENT_INDEX
         asked = []
-        for index in range((end - self._events) & _EVENT_INDEX):
+        for index in range(end - self._events & _EVENT_INDEX):
             at = EVENTS + 32 * (self._events + index & (1 << _EVENT_LOG2) - 1)
             asked += [f"readq {at + 8 * n:#x}" for n in range(4)]
         words = self.qemu.ask(asked)
-        return [words[n : n + 4] for n in range(0, len(words), 4)]
+        self._waiting = [words[n : n + 4] for n in range(0, len(words), 4)]
+        return replies
+
+    def settle(self) -> list:
+        answers = super().settle()
+        self._register(regs.EVENTQ_CONS, 4, self._events)
+        return answers
 
 
-class OurSmmu(Rig):
+class OurSmmu(OurRig):
     """Our unit with the features of `-machine virt`'s."""
 
     def __init__(self, two_level: bool = False, **features) -> None:
         self.box = box = Machine("judged", PhysicalMemory(RAM_END))
-        self.memory = box.memory
-        self.unit = SmmuV3(self.memory, regs.Features(**features), send_interrupt=box.root.interrupt)
-        self.ports = {}
-        for rid in RIDS:
-            function = PciFunction(f"0000:00:{rid >> 3:02x}.{rid & 7}", (1, 2), 0, command=4)
-            self.ports[rid] = box.root.add(function, self.unit).dma
+        self.plug(SmmuV3(box.memory, regs.Features(**features), send_interrupt=box.root.interrupt), (*RIDS, *READERS))
         self._queue = Queue()
         self._events = 0
-        self._answers: list = []
         for offset, width, value in _setup(two_level):
             self.unit.write(offset, width, value)
 
-    def word(self, pa: int, value: int) -> None:
-        self.memory.write(pa, value.to_bytes(8, "little"))
-
-    def look(self, pa: int) -> None:
-        self._answers.append(int.from_bytes(self.memory.read(pa, 8), "little"))
-
-    def dma(self, rid: int, iova: int, where: list[int]) -> None:
-        blocked = False
-        try:
-            self.ports[rid].write(iova, PATTERN.to_bytes(4, "little"))
-        except DmaAbort:
-            blocked = True
-        landed = []
-        for pa in where:
-            if self.memory.read(pa, 4) == PATTERN.to_bytes(4, "little"):
-                landed.append(pa)
-                self.memory.write(pa, bytes(4))
+    def _take_records(self) -> list[int]:
         events = []
         end = self.unit.read(regs.EVENTQ_PROD, 4) & _EVENT_INDEX
         while self._events != end:
@@ -212,7 +159,7 @@ class OurSmmu(Rig):
             events += [int.from_bytes(self.memory.read(at + 8 * n, 8), "little") for n in range(4)]
             self._events = self._events + 1 & _EVENT_INDEX
         self.unit.write(regs.EVENTQ_CONS, 4, self._events)
-        self._answers.append(_answer(blocked, landed, events))
+        return events
 
     def invalidate(self, words: Iterable[int]) -> None:
         for pa, word in self._queue.put(words):
@@ -222,13 +169,10 @@ class OurSmmu(Rig):
     def invalidate_all(self) -> None:
         self.invalidate(_ALL)
 
-    def settle(self) -> list:
-        consumed, errors = self.unit.read(regs.CMDQ_CONS, 4), self.unit.read(regs.GERROR, 4)
-        if consumed != self._queue.index or errors:
-            raise AssertionError(f"the command queue stopped: CONS {consumed:#x}, GERROR {errors:#x}")
-        answers, self._answers = self._answers, []
-        return answers
+    def _check(self) -> None:
+        _check_queue(self.unit.read(regs.CMDQ_CONS, 4), self.unit.read(regs.GERROR, 4), self._queue.index)
 
 
-def _answer(blocked: bool, landed: list[int], events: list[int]) -> list[int]:
-    return [*(landed or [BLOCKED if blocked else ELSEWHERE]), *events]
+def _check_queue(consumed: int, errors: int, produced: int) -> None:
+    if consumed != produced or errors:
+        raise AssertionError(f"the command queue stopped: CONS {consumed:#x}, GERROR {errors:#x}")

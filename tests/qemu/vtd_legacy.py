@@ -14,8 +14,8 @@ from __future__ import annotations
 from random import Random
 
 from fakedev.vtd import descriptors
-from tests.qemu.rig import Case
-from tests.qemu.vtd_rig import RAM, RIDS, ROOT
+from tests.qemu.rig import Case, as_reads
+from tests.qemu.vtd_rig import RAM, READERS, RIDS, ROOT
 
 CONTEXTS = 0x10_1000
 TABLES = [0x11_0000 + 0x1000 * n for n in range(8)]
@@ -107,8 +107,15 @@ def address(random: Random, levels: int) -> int:
     return iova
 
 
-def path(random: Random, iova: int, levels: int, tables: list[int], good: bool) -> list[tuple[int, int]]:
-    """The words on the way to `iova` through `tables`, the last of them a leaf."""
+#: The permission bits of an entry.
+READ, WRITE = 1, 2
+
+
+def path(
+    random: Random, iova: int, levels: int, tables: list[int], good: bool, need: int = WRITE
+) -> list[tuple[int, int]]:
+    """The words on the way to `iova` through `tables`, the last of them a leaf; nothing is wrong after one without
+    the permission `need`."""
     words = []
     last = random.choices((0, 1, 2), (12, 3, 1))[0]
     for n, level in enumerate(range(levels - 1, -1, -1)):
@@ -116,7 +123,7 @@ def path(random: Random, iova: int, levels: int, tables: list[int], good: bool) 
         rights = 3
         if not good and random.random() < 0.08:
             rights = random.randrange(4)
-            good = good or not rights & 2
+            good = good or not rights & need
         if level == last:
             base = leaf_address(random, level)
             if good:  # from here on, or altogether
@@ -129,10 +136,10 @@ def path(random: Random, iova: int, levels: int, tables: list[int], good: bool) 
                 item = nowhere(random) | rights
             if not good and level == 3 and random.random() < 0.02:
                 item |= 1 << 7
-        if not good and rights & 2 and random.random() < 0.06:
+        if not good and rights & need and random.random() < 0.06:
             item |= stray_bits(random)
         words.append((where, item))
-        good = good or not item & 2
+        good = good or not item & need
         if level == last:
             break
     return words
@@ -145,18 +152,18 @@ def write(rid: int, iova: int, words: list[tuple[int, int]]) -> list:
     return ["d", rid, iova, *where]
 
 
-def wild(random: Random) -> Case:
+def wild(random: Random, rids: tuple[int, ...] = RIDS, need: int = WRITE) -> Case:
     """Anything wrong anywhere; nothing changes after the first write."""
     case: Case = []
     low, high = root_words(random)
     case += [["w", ROOT, low], ["w", ROOT + 8, high]]
-    rid, did = random.choice(RIDS), random.randrange(1, 200)
+    rid, did = random.choice(rids), random.randrange(1, 200)
     low, high, levels = context_words(random, did, good=False)
     case += [["w", CONTEXTS + 16 * rid, low], ["w", CONTEXTS + 16 * rid + 8, high]]
     iova = address(random, levels)
     if random.random() < 0.04:
         iova |= 1 << random.randrange(38, 64)
-    words = path(random, iova, levels, TABLES, good=False)
+    words = path(random, iova, levels, TABLES, False, need)
     case += [["w", where, item] for where, item in words]
     case.append(write(rid, iova, words))
     for _ in range(random.randrange(3)):
@@ -168,7 +175,7 @@ def wild(random: Random) -> Case:
             near |= _AWAY
         else:
             near = address(random, levels)
-        case.append(write(random.choice(RIDS) if random.random() < 0.1 else rid, near, words))
+        case.append(write(random.choice(rids) if random.random() < 0.1 else rid, near, words))
     return case
 
 
@@ -237,3 +244,8 @@ def case(seed: int) -> Case:
     """The case of a seed."""
     random = Random(seed)
     return wild(random) if random.random() < 0.65 else stale(random)
+
+
+def reads(seed: int) -> Case:
+    """As `case`, with reads."""
+    return as_reads(wild(Random(seed), READERS, READ))

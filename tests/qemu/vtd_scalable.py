@@ -11,10 +11,12 @@ from collections.abc import Callable
 from random import Random
 
 from fakedev.vtd import descriptors, entries
-from tests.qemu.rig import Case
+from tests.qemu.rig import Case, as_reads
 from tests.qemu.vtd_legacy import (
     CONTEXTS,
+    READ,
     TABLES,
+    WRITE,
     address,
     invalidation,
     leaf_address,
@@ -23,8 +25,10 @@ from tests.qemu.vtd_legacy import (
     stray_bits,
     write,
 )
-from tests.qemu.vtd_rig import RAM, RIDS, ROOT
+from tests.qemu.vtd_rig import RAM, READERS, RIDS, ROOT
 
+#: Context entries of devices from 16 up; CONTEXTS + 32 * rid holds for all.
+UPPER = CONTEXTS + 0x1000
 DIRECTORY, PASIDS = 0x10_4000, 0x10_5000
 FIRST, SECOND = entries.PGTT_FIRST, entries.PGTT_SECOND
 _P, _W, _U, _A, _D, _PS = 1, 2, 4, 1 << 5, 1 << 6, 1 << 7
@@ -37,16 +41,18 @@ def store(pa: int, words: tuple[int, ...]) -> list[list]:
     return [["w", pa + 8 * n, word] for n, word in enumerate(words)]
 
 
-def root_words(random: Random) -> tuple[int, int]:
+def root_words(random: Random, rid: int) -> tuple[int, int]:
+    """Both halves of the root entry; what is wrong is wrong in the one for `rid`."""
+    words = [CONTEXTS | 1, UPPER | 1]
+    half = rid >> 7
     luck = random.random()
-    low = CONTEXTS | 1
     if luck < 0.02:
-        low &= ~1
+        words[half] &= ~1
     elif luck < 0.04:
-        low = nowhere(random) | 1
+        words[half] = nowhere(random) | 1
     elif luck < 0.06:
-        low |= stray_bits(random, 1)
-    return low, 0
+        words[half] |= stray_bits(random, 1)
+    return words[0], words[1]
 
 
 def context_words(random: Random) -> list[int]:
@@ -129,9 +135,9 @@ def first_path(random: Random, iova: int, tables: list[int], good: bool) -> list
     return words
 
 
-def second_path(random: Random, iova: int, levels: int, good: bool) -> list[tuple[int, int]]:
+def second_path(random: Random, iova: int, levels: int, good: bool, need: int = WRITE) -> list[tuple[int, int]]:
     """The words of a second-stage walk, as in legacy mode but for SNP."""
-    return [(where, item & ~(1 << 11)) for where, item in path(random, iova, levels, TABLES, good)]
+    return [(where, item & ~(1 << 11)) for where, item in path(random, iova, levels, TABLES, good, need)]
 
 
 def _iova(random: Random, pgtt: int, levels: int, good: bool) -> int:
@@ -145,23 +151,27 @@ def _iova(random: Random, pgtt: int, levels: int, good: bool) -> int:
     return iova
 
 
-def wild(random: Random, pgtt: int) -> Case:
+def wild(random: Random, pgtt: int, rids: tuple[int, ...] = RIDS, need: int = WRITE) -> Case:
     """Anything wrong anywhere; nothing changes after the first write."""
-    rid, did, aw = random.choice(RIDS), random.randrange(1, 200), random.choice((1, 2))
+    rid, did, aw = random.choice(rids), random.randrange(1, 200), random.choice((1, 2))
     levels = 4 if pgtt == FIRST else aw + 2
-    case = store(ROOT, root_words(random))
+    case = store(ROOT, root_words(random, rid))
     case += store(CONTEXTS + 32 * rid, tuple(context_words(random)))
     case += store(DIRECTORY, (directory_word(random),))
     case += store(PASIDS, tuple(pasid_words(random, pgtt, aw, did)))
     iova = _iova(random, pgtt, levels, good=False)
-    words = first_path(random, iova, TABLES, False) if pgtt == FIRST else second_path(random, iova, levels, False)
+    if pgtt == FIRST:
+        words = first_path(random, iova, TABLES, False)
+    else:
+        words = second_path(random, iova, levels, False, need)
     case += [["w", where, item] for where, item in words]
     case.append(write(rid, iova, words))
     for _ in range(random.randrange(3)):
         near = iova & -4096 | random.randrange(0, 4096, 4)
         if random.random() < 0.5 and (pgtt == SECOND or all(item & 7 == 7 for _, item in words)):
             near ^= 1 << random.choice((12, 13, 21))
-        case.append(write(random.choice(RIDS) if random.random() < 0.1 else rid, near, words))
+        neighbours = [other for other in rids if other >> 7 == rid >> 7]
+        case.append(write(random.choice(neighbours) if random.random() < 0.1 else rid, near, words))
     return case
 
 
@@ -169,7 +179,7 @@ def stale(random: Random, pgtt: int) -> Case:
     """A good translation, a change, and the writes before and after its invalidation."""
     rid, did, aw = random.choice(RIDS), random.randrange(1, 200), random.choice((1, 2))
     levels = 4 if pgtt == FIRST else aw + 2
-    case = store(ROOT, entries.scalable_root_entry(CONTEXTS, None))
+    case = store(ROOT, entries.scalable_root_entry(CONTEXTS, UPPER))
     case += store(CONTEXTS + 32 * rid, entries.scalable_context_entry(DIRECTORY, 0))
     case += store(DIRECTORY, (entries.directory_entry(PASIDS),))
     if pgtt == FIRST:
@@ -224,6 +234,11 @@ def cases(pgtt: int) -> Callable[[int], Case]:
     return case
 
 
+def reads(pgtt: int) -> Callable[[int], Case]:
+    """As `cases`, with reads."""
+    return lambda seed: as_reads(wild(Random(seed), pgtt, READERS, READ))
+
+
 def change(seed: int) -> Case:
     """A good second-stage translation; then its context, directory or PASID entry changes and is invalidated.
 
@@ -232,7 +247,7 @@ def change(seed: int) -> Case:
     random = Random(seed)
     rid, did, aw = random.choice(RIDS), random.randrange(1, 200), random.choice((1, 2))
     other_directory, other_table = 0x10_C000, 0x10_D000
-    case = store(ROOT, entries.scalable_root_entry(CONTEXTS, None))
+    case = store(ROOT, entries.scalable_root_entry(CONTEXTS, UPPER))
     case += store(CONTEXTS + 32 * rid, entries.scalable_context_entry(DIRECTORY, 0))
     case += store(DIRECTORY, (entries.directory_entry(PASIDS),))
     case += store(PASIDS, entries.pasid_entry(SECOND, did, second=TABLES[0], aw=aw))
