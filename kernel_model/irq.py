@@ -25,6 +25,7 @@ from fakedev.machine import Machine
 from fakedev.pci import (
     PCI_COMMAND,
     PCI_COMMAND_INTX_DISABLE,
+    PCI_INTERRUPT_LINE,
     PCI_INTERRUPT_PIN,
     PCI_MSI_ADDRESS_HI,
     PCI_MSI_ADDRESS_LO,
@@ -43,6 +44,8 @@ _VECTOR_MASK, _DELIVERY_SHIFT, _DELIVERY_MASK = 0xFF, 8, 7
 VECTORS = range(0x40, 0xEC)
 #: The numbers that a GIC gives to messages.
 LPIS = range(8192, 1 << 16)
+#: The first number that an Arm board's kernel has left for a function's line when it has booted.
+FIRST_LINE = 21
 _PCI_MSI_DATA_64 = 12
 
 Handler = Callable[[], None]
@@ -100,6 +103,8 @@ class Interrupts:
         self._owners: dict[int, tuple[_Allocated, int]] = {}
         self._default = MsiDomain()
         self._domains: dict[int, MsiDomain] = {}
+        #: Numbers of functions' lines: the firmware of a PC has written them into the functions.
+        self._irqs = {function.rid: function.config[PCI_INTERRUPT_LINE] for function in machine.functions}
         machine.root.interrupt_sink = self._message
         machine.root.intx_sink = self._line
 
@@ -216,6 +221,13 @@ class Interrupts:
 
     # -- lines -------------------------------------------------------------------------------------------------------
 
+    def irq(self, function: PciFunction) -> int:
+        """The number of a function's line, 0 without."""
+        return self._irqs.get(function.rid, 0)
+
+    def pci_assign_irq(self, function: PciFunction) -> None:
+        """A driver is about to take the function: its line gets a number, where the firmware gave it none."""
+
     def request_intx(self, function: PciFunction, handler: Handler) -> None:
         """Have `handler` called while the function asserts its line. ENODEV: it has no interrupt pin."""
         if not function.config[PCI_INTERRUPT_PIN]:
@@ -282,6 +294,15 @@ class GicInterrupts(Interrupts):
         super().__init__(machine)
         self._default = self._its = _ItsDomain(machine.root.doorbell, prepare)
         machine.root.doorbell_sink = self._translate
+        #: Numbers of the four wires that the slots' pins share.
+        self._wires: dict[int, int] = {}
+
+    def pci_assign_irq(self, function: PciFunction) -> None:
+        pin = function.config[PCI_INTERRUPT_PIN]
+        if pin and not self.irq(function):
+            wire = (function.rid >> 3) + pin - 1 & 3
+            irq = self._irqs[function.rid] = self._wires.setdefault(wire, FIRST_LINE + len(self._wires))
+            function.config_write(PCI_INTERRUPT_LINE, 1, irq)
 
     def _translate(self, rid: int, event: int) -> None:
         """What the translation service does with a write of the function that has this request id."""

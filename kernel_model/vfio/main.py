@@ -18,7 +18,6 @@ from fakedev.pci import (
     IO,
     MEM64,
     PCI_DEVICE_ID,
-    PCI_INTERRUPT_LINE,
     PCI_REVISION_ID,
     PCI_SUBSYSTEM_VENDOR_ID,
     PCI_VENDOR_ID,
@@ -94,11 +93,11 @@ class VfioPciDriver:
             ("subsystem_vendor", PCI_SUBSYSTEM_VENDOR_ID, 2, "0x%04x\n"),
             ("subsystem_device", PCI_SUBSYSTEM_VENDOR_ID + 2, 2, "0x%04x\n"),
             ("revision", PCI_REVISION_ID, 1, "0x%02x\n"),
-            ("irq", PCI_INTERRUPT_LINE, 1, "%d\n"),
         ):
             files.add_file(f"{here}/{name}", _text(form % function.config_read(offset, width)))
         class_code = function.config_read(PCI_REVISION_ID, 4) >> 8
         files.add_file(f"{here}/class", _text(f"{class_code:#08x}\n"))
+        files.add_file(f"{here}/irq", lambda: b"%d\n" % self._kernel.interrupts.irq(function))
         files.add_file(f"{here}/config", lambda: bytes(function.config))
         files.add_file(f"{here}/resource", _text(_resources(function)))
         files.add_file(
@@ -180,6 +179,8 @@ class VfioPciDriver:
                 raise KernelError(errno.EINVAL, f"{device.name} is behind no IOMMU")
         elif not device.iommu.capable(device, IOMMU_CAP_CACHE_COHERENCY):
             raise KernelError(errno.EINVAL, f"the IOMMU of {device.name} is not cache-coherent")
+        if device.pci is not None:
+            self._kernel.interrupts.pci_assign_irq(device.pci)
         taken = {vdev.index for vdev in self._bound.values()}
         index = next(number for number in range(len(taken) + 1) if number not in taken)
         vdev = VfioPciDevice(self._kernel, device, index)

@@ -133,11 +133,21 @@ def test_paths_of_an_arm_board_are_those_of_its_device_tree() -> None:
         assert kernel.readlink(f"/sys/class/iommu/{smmu}/device") == "../../../9050000.smmuv3"
         assert kernel.readlink(here) == f"../../../{bridge}/{EDU}"
         assert kernel.readlink(f"{here}/iommu") == f"../../../9050000.smmuv3/iommu/{smmu}"
-        assert kernel.readlink(f"{here}/iommu_group") == "../../../../../kernel/iommu_groups/5"
+        assert kernel.readlink(f"{here}/iommu_group") == "../../../../../kernel/iommu_groups/2"
         assert (
             kernel.readlink(f"/sys/class/iommu/{smmu}/devices/{EDU}") == f"../../../../4010000000.pcie/pci0000:00/{EDU}"
         )
         assert show(kernel, f"{here}/resource").startswith("0x0000000010000000 0x00000000100fffff 0x0000000000040200\n")
-        assert show(kernel, "/sys/kernel/iommu_groups/5/reserved_regions") == (
+        assert show(kernel, "/sys/kernel/iommu_groups/2/reserved_regions") == (
             "0x0000000008000000 0x00000000080fffff msi\n"
         )
+
+
+def test_line_of_an_arm_boards_function_gets_its_number_with_the_driver() -> None:
+    with Kernel("virt-smmuv3") as kernel:
+        here = f"{DEVICES}/{EDU}"
+        function = kernel.machine.function(EDU)
+        assert (show(kernel, f"{here}/irq"), function.config[0x3C]) == ("0\n", 0)
+        assert store(kernel, f"{here}/driver_override", "vfio-pci") == 0
+        assert store(kernel, "/sys/bus/pci/drivers_probe", EDU) == 0
+        assert (show(kernel, f"{here}/irq"), function.config[0x3C]) == ("21\n", 21)
