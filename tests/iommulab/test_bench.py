@@ -9,6 +9,7 @@ import pytest
 
 from iommulab.bench import Row, _call_rows
 from iommulab.cli import main
+from iommulab.measure.units import SETTINGS
 
 
 def test_a_ratio_over_its_budget_is_over() -> None:
@@ -42,6 +43,11 @@ def test_bench_of_the_model_alone_has_calls_and_dma(tmp_path: Path, capsys: pyte
     assert names["ioctl, cheap (OPTION get)"]["model"] > 0
     assert names["attach + detach"]["peer"] is None
     assert names["DMA read, direct memory, 4 KiB"]["ratio"] > 0
+    for label in SETTINGS:
+        assert names[f"{label}: DMA write 1 MiB"]["budget"] == 1.5
+        for what in ("TLB hit", "TLB miss", "nothing cached", "miss and invalidation of a domain"):
+            assert names[f"{label}: {what}"]["ratio"] > 0
+    assert names["SMMUv3 nested: HWPT_INVALIDATE, each of 10,000 entries"]["model"] > 0
     assert "no real kernel beside it" in capsys.readouterr().out
 
 
