@@ -207,8 +207,9 @@ def test_device_whose_making_failed_leaves_nothing(kernel: Backend, iommu: File,
 
     with setting(kernel, "failslab/ignore-gfp-wait", b"N", b"Y"):
         found = errnos(fail_nth, lambda: made.append(mock_domain(raw(iommu), ioas).stdev), take_back)
-    # Which of its caches has room for an object decides whether a name that could not be made is missed (ENOENT).
-    assert {"ENOMEM", "EFAULT", "EINVAL"} <= set(found) - {"ENOENT"}
+    # Which of its caches has room for an object decides whether a name that could not be made is missed (ENOENT), and
+    # whether an EINVAL shows, which it does on x86 and not on arm64.
+    assert {"ENOMEM", "EFAULT"} <= set(found) - {"ENOENT", "EINVAL"} <= {"ENOMEM", "EFAULT", "OK"}
     assert made == [ioas + 1]
     assert ioas_alloc(iommu) == ioas + 4
 

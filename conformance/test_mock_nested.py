@@ -132,12 +132,21 @@ def test_other_device_of_the_driver_may_use_the_parent(iommu: File, ids: Ids) ->
     assert mock_replace(iommu, other.stdev, nested) == nested
 
 
-@pytest.mark.needs("vfio_cdev", "root")
+@pytest.mark.needs("vfio_cdev", "root", "vtd")
 def test_parent_of_another_driver_is_einval(device: VfioDevice, iommu: File) -> None:
     """VT-d has the operation, in legacy mode too, so that the parent is looked at before the unit is."""
     ioas = ioas_alloc(iommu)
     mock = mock_domain(iommu, ioas)
     with fails(errno.EINVAL):
+        nested_alloc(iommu, device.devid, nest_parent(iommu, mock.idev, ioas))
+
+
+@pytest.mark.needs("vfio_cdev", "root", "smmuv3")
+def test_parent_of_another_driver_is_eopnotsupp_for_an_smmu(device: VfioDevice, iommu: File) -> None:
+    """Its driver nests on vIOMMUs only, whatever the parent."""
+    ioas = ioas_alloc(iommu)
+    mock = mock_domain(iommu, ioas)
+    with fails(errno.EOPNOTSUPP):
         nested_alloc(iommu, device.devid, nest_parent(iommu, mock.idev, ioas))
 
 

@@ -156,10 +156,20 @@ def test_type1_beside_a_domain_alone_switches_large_pages_off(iommu: File, devic
     assert option_get(iommu, IOMMU_OPTION_HUGE_PAGES, ioas) == 0
 
 
+@pytest.mark.needs("vtd")
 def test_coherency_is_what_every_hwpt_enforces(iommu: File, device: VfioDevice, ioas: int, layout: Layout) -> None:
     assert VFIO_CHECK_EXTENSION.raw(iommu, VFIO_DMA_CC_IOMMU) == 1
     device.attach(ioas)
     assert VFIO_CHECK_EXTENSION.raw(iommu, VFIO_DMA_CC_IOMMU) == layout.snoop_control
+
+
+@pytest.mark.needs("smmuv3")
+def test_coherency_is_enforced_for_a_device_whose_firmware_says_canwbs(
+    iommu: File, device: VfioDevice, ioas: int
+) -> None:
+    """The driver takes the firmware's word: nothing in the SMMU enforces it."""
+    device.attach(ioas)
+    assert VFIO_CHECK_EXTENSION.raw(iommu, VFIO_DMA_CC_IOMMU) == 1
 
 
 def test_info_has_the_domains_page_sizes_and_the_ranges_that_are_left(

@@ -1,6 +1,7 @@
 """What a bound device says of its IOMMU, and the page tables that are made for it: GET_HW_INFO and HWPT_ALLOC.
 
-Mirrors iommufd_get_hw_info() and hw_pagetable.c of drivers/iommu/iommufd with the VT-d driver behind them. What holds
+Mirrors iommufd_get_hw_info() and hw_pagetable.c of drivers/iommu/iommufd with the VT-d driver behind them,
+or that of SMMUv3. What holds
 what, and what mappings do beside a domain, is in test_vfio_iommufd.
 """
 
@@ -58,11 +59,13 @@ VTD_LENGTH = ctypes.sizeof(iommu_hw_info_vtd)
 # ---------------------------------------------------------------------------------------------------------- GET_HW_INFO
 
 
+@pytest.mark.needs("vtd")
 def test_hw_info_says_vtd_and_its_length(device: VfioDevice, iommu: File) -> None:
     info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid)
     assert (info.out_data_type, info.data_len) == (IOMMU_HW_INFO_TYPE_INTEL_VTD, VTD_LENGTH)
 
 
+@pytest.mark.needs("vtd")
 def test_hw_info_registers_are_those_of_the_unit(device: VfioDevice, iommu: File) -> None:
     vtd = iommu_hw_info_vtd()
     IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=VTD_LENGTH, data_uptr=ctypes.addressof(vtd))
@@ -71,6 +74,7 @@ def test_hw_info_registers_are_those_of_the_unit(device: VfioDevice, iommu: File
     assert vtd.ecap_reg & 0x2  # queued invalidation
 
 
+@pytest.mark.needs("vtd")
 def test_hw_info_fills_what_fits(device: VfioDevice, iommu: File) -> None:
     data = (ctypes.c_uint8 * 64)(*[0xA5] * 64)
     info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=12, data_uptr=ctypes.addressof(data))
@@ -78,6 +82,7 @@ def test_hw_info_fills_what_fits(device: VfioDevice, iommu: File) -> None:
     assert bytes(data[12:]) == b"\xa5" * 52
 
 
+@pytest.mark.needs("vtd")
 def test_hw_info_zeroes_the_room_behind_it(device: VfioDevice, iommu: File) -> None:
     data = (ctypes.c_uint8 * 64)(*[0xA5] * 64)
     info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=60, data_uptr=ctypes.addressof(data))
@@ -85,6 +90,7 @@ def test_hw_info_zeroes_the_room_behind_it(device: VfioDevice, iommu: File) -> N
     assert bytes(data[VTD_LENGTH:]) == bytes(60 - VTD_LENGTH) + b"\xa5" * 4
 
 
+@pytest.mark.needs("vtd")
 def test_hw_info_with_no_room_does_not_look_at_the_pointer(device: VfioDevice, iommu: File) -> None:
     assert IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_uptr=NOWHERE).data_len == VTD_LENGTH
 
@@ -108,12 +114,14 @@ def test_hw_info_of_another_object_is_enoent(device: VfioDevice, iommu: File, io
         IOMMU_GET_HW_INFO(iommu, dev_id=ioas)
 
 
+@pytest.mark.needs("vtd")
 @pytest.mark.since("6.17")
 def test_hw_info_ignores_the_type_without_the_flag(device: VfioDevice, iommu: File) -> None:
     info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, in_data_type=IOMMU_HW_INFO_TYPE_ARM_SMMUV3)
     assert info.out_data_type == IOMMU_HW_INFO_TYPE_INTEL_VTD
 
 
+@pytest.mark.needs("vtd")
 @pytest.mark.since("6.17")
 def test_hw_info_of_a_type_that_the_driver_lacks_is_eopnotsupp(device: VfioDevice, iommu: File) -> None:
     for wanted in (IOMMU_HW_INFO_TYPE_ARM_SMMUV3, 99, U32_MAX):
@@ -121,6 +129,7 @@ def test_hw_info_of_a_type_that_the_driver_lacks_is_eopnotsupp(device: VfioDevic
             IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, flags=IOMMU_HW_INFO_FLAG_INPUT_TYPE, in_data_type=wanted)
 
 
+@pytest.mark.needs("vtd")
 @pytest.mark.since("6.17")
 @pytest.mark.parametrize("wanted", [0, IOMMU_HW_INFO_TYPE_INTEL_VTD], ids=["default", "vtd"])
 def test_hw_info_of_a_type_that_the_driver_has(device: VfioDevice, iommu: File, wanted: int) -> None:
@@ -241,6 +250,7 @@ def test_hwpt_alloc_on_an_ioas_with_data_is_eopnotsupp(device: VfioDevice, iommu
         )
 
 
+@pytest.mark.needs("vtd")
 @pytest.mark.since("6.7")
 def test_hwpt_alloc_nested_in_an_automatic_hwpt_is_einval(device: VfioDevice, iommu: File, ioas: int) -> None:
     hwpt = device.attach(ioas)
@@ -255,6 +265,7 @@ def test_hwpt_alloc_nested_in_an_automatic_hwpt_is_einval(device: VfioDevice, io
         )
 
 
+@pytest.mark.needs("vtd")
 @pytest.mark.since("6.7")
 def test_hwpt_alloc_nested_in_a_hwpt_that_is_no_parent_is_einval(device: VfioDevice, iommu: File, ioas: int) -> None:
     hwpt = hwpt_alloc(iommu, device.devid, ioas)

@@ -65,6 +65,7 @@ GAP = range(0x4E, 0x100)
 def config_walk(device: VfioDevice, seed: int, _layout: Layout) -> Iterator[str]:
     """Random reads and writes of up to 8 bytes, most of them in the header and at MSI, some beyond the end."""
     chance = random.Random(seed)
+    _attach(device)
     for step in range(STEPS):
         if step == STEPS // 2:
             device.signal_on(VFIO_PCI_MSI_IRQ_INDEX, [-1])
@@ -86,6 +87,7 @@ def config_walk(device: VfioDevice, seed: int, _layout: Layout) -> Iterator[str]
 def irq_walk(device: VfioDevice, seed: int, _layout: Layout) -> Iterator[str]:
     """Random SET_IRQS, most of them nearly right, with three eventfds, a file that is none and bad descriptors."""
     chance = random.Random(seed)
+    _attach(device)
     eventfds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]
     plain = os.memfd_create("iommulab")
     try:
@@ -108,6 +110,12 @@ def irq_walk(device: VfioDevice, seed: int, _layout: Layout) -> Iterator[str]:
     finally:
         for fd in (*eventfds, plain):
             os.close(fd)
+
+
+def _attach(device: VfioDevice) -> None:
+    """To an IOAS of its own: on Arm the doorbell of MSIs has to be mapped there."""
+    assert device.iommu is not None
+    device.attach(ioas_alloc(device.iommu))
 
 
 def _count(eventfd: int) -> int:

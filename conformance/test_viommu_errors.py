@@ -76,7 +76,7 @@ def test_veventq_deeper_than_2_to_the_19_is_einval(iommu: File, depth: int) -> N
 
 
 @pytest.mark.since("6.13")
-@pytest.mark.needs("iommu", "root", "vfio_cdev")
+@pytest.mark.needs("iommu", "root", "vfio_cdev", "vtd")
 @pytest.mark.parametrize("kind", [1, 2, U32_MAX])
 def test_vtd_has_no_viommus(device: VfioDevice, iommu: File, ioas: int, kind: int) -> None:
     """Before the HWPT is looked for."""

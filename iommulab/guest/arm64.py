@@ -100,7 +100,13 @@ class Arm64Guest(Guest):
         run = [self.qemu.path, "-accel", self.accelerator, "-cpu", "host" if self._kvm else "max,pauth=off"]
         run += ["-m", MEMORY, "-smp", "1", "-display", "none", "-nodefaults", "-no-reboot"]
         run += ["-kernel", str(self.image.path), "-initrd", str(initrd)]
-        run += ["-append", f"console=ttyAMA0 rdinit=/{_INIT_NAME} {self._arguments}", "-serial", f"file:{console}"]
+        # ramfs, because MAP_FILE takes any file of a tmpfs for memory, and tests know files that are none.
+        run += [
+            "-append",
+            f"console=ttyAMA0 rdinit=/{_INIT_NAME} rootfstype=ramfs {self._arguments}",
+            "-serial",
+            f"file:{console}",
+        ]
         run += shlex.split(f"{self._options} {events_port(events)} {port('output', output, OUTPUT)} {more_options}")
         with output.with_suffix(".qemu").open("wb") as log:
             return subprocess.Popen(
