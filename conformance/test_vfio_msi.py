@@ -58,62 +58,72 @@ def eventfd() -> Iterator[int]:
 
 
 @pytest.fixture
+def attached(device: VfioDevice, ioas: int) -> VfioDevice:
+    """The device where it can have MSIs: on Arm the domain that it is in has to map the doorbell."""
+    device.attach(ioas)
+    return device
+
+
+@pytest.fixture
 def plain(kernel: Backend) -> Backend:
     """The kernel without the recorder: which message a function gets is nobody's contract."""
     return getattr(kernel, "inner", kernel)
 
 
-def test_client_sees_no_message(device: VfioDevice, eventfd: int) -> None:
-    device.signal_on(MSI, [eventfd])
-    assert device.config_read(MSI_CAP + 4, 4) == 0
-    assert device.config_read(MSI_CAP + 8, 4) == 0
-    assert device.config_read(MSI_CAP + 12, 2) == 0
+def test_client_sees_no_message(attached: VfioDevice, eventfd: int) -> None:
+    attached.signal_on(MSI, [eventfd])
+    assert attached.config_read(MSI_CAP + 4, 4) == 0
+    assert attached.config_read(MSI_CAP + 8, 4) == 0
+    assert attached.config_read(MSI_CAP + 12, 2) == 0
 
 
 def test_function_holds_nothing_before(plain: Backend, device: VfioDevice) -> None:
     assert held(plain, device.address) == (False, *NOTHING)
 
 
-def test_function_holds_a_message_even_without_an_eventfd(plain: Backend, device: VfioDevice) -> None:
-    device.signal_on(MSI, [-1])
-    message = held(plain, device.address)
+def test_function_holds_a_message_even_without_an_eventfd(plain: Backend, attached: VfioDevice) -> None:
+    attached.signal_on(MSI, [-1])
+    message = held(plain, attached.address)
     assert message.enabled
     assert message.address
 
 
 @remapped
-def test_message_is_remappable(plain: Backend, device: VfioDevice, eventfd: int) -> None:
-    device.signal_on(MSI, [eventfd])
-    message = held(plain, device.address)
+def test_message_is_remappable(plain: Backend, attached: VfioDevice, eventfd: int) -> None:
+    attached.signal_on(MSI, [eventfd])
+    message = held(plain, attached.address)
     assert message.address & ~HANDLE == RANGE | REMAPPABLE | SHV
     assert message.data == 0
 
 
-def test_message_is_not_what_the_client_wrote(plain: Backend, device: VfioDevice, eventfd: int) -> None:
-    device.signal_on(MSI, [eventfd])
-    message = held(plain, device.address)
-    device.config_write(MSI_CAP + 4, 4, 0xDEAD0000)
-    device.config_write(MSI_CAP + 12, 2, 0xBEEF)
-    assert held(plain, device.address) == message
+def test_message_is_not_what_the_client_wrote(plain: Backend, attached: VfioDevice, eventfd: int) -> None:
+    attached.signal_on(MSI, [eventfd])
+    message = held(plain, attached.address)
+    attached.config_write(MSI_CAP + 4, 4, 0xDEAD0000)
+    attached.config_write(MSI_CAP + 12, 2, 0xBEEF)
+    assert held(plain, attached.address) == message
 
 
-def test_message_goes_with_the_vectors_eventfd_and_comes_back(plain: Backend, device: VfioDevice, eventfd: int) -> None:
-    device.signal_on(MSI, [eventfd])
-    message = held(plain, device.address)
-    device.signal_on(MSI, [-1])
-    assert held(plain, device.address) == (True, *NOTHING)
-    device.signal_on(MSI, [eventfd])
-    assert held(plain, device.address) == message
+def test_message_goes_with_the_vectors_eventfd_and_comes_back(
+    plain: Backend, attached: VfioDevice, eventfd: int
+) -> None:
+    attached.signal_on(MSI, [eventfd])
+    message = held(plain, attached.address)
+    attached.signal_on(MSI, [-1])
+    assert held(plain, attached.address) == (True, *NOTHING)
+    attached.signal_on(MSI, [eventfd])
+    assert held(plain, attached.address) == message
 
 
-def test_message_goes_with_msi(plain: Backend, device: VfioDevice, eventfd: int) -> None:
-    device.signal_on(MSI, [eventfd])
-    device.disable_irqs(MSI)
-    assert held(plain, device.address) == (False, *NOTHING)
+def test_message_goes_with_msi(plain: Backend, attached: VfioDevice, eventfd: int) -> None:
+    attached.signal_on(MSI, [eventfd])
+    attached.disable_irqs(MSI)
+    assert held(plain, attached.address) == (False, *NOTHING)
 
 
-def test_message_goes_with_the_device(plain: Backend, cdev: VfioDevice, iommu: File, eventfd: int) -> None:
+def test_message_goes_with_the_device(plain: Backend, cdev: VfioDevice, iommu: File, ioas: int, eventfd: int) -> None:
     cdev.bind(iommu)
+    cdev.attach(ioas)
     cdev.signal_on(MSI, [eventfd])
     cdev.close()
     assert held(plain, cdev.address) == (False, *NOTHING)

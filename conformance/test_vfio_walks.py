@@ -58,6 +58,7 @@ class Walk(Protocol):
 
 CONFIG = CONFIG_REGION << REGION_SHIFT
 STEPS = 600
+PCI_INTERRUPT_LINE = 0x3C
 #: Behind the MSI capability: what a walk leaves there, nothing resets.
 GAP = range(0x4E, 0x100)
 
@@ -66,6 +67,7 @@ def config_walk(device: VfioDevice, seed: int, _layout: Layout) -> Iterator[str]
     """Random reads and writes of up to 8 bytes, most of them in the header and at MSI, some beyond the end."""
     chance = random.Random(seed)
     _attach(device)
+    device.config_write(PCI_INTERRUPT_LINE, 1, 0)  # firmware's business, or the number of the kernel's interrupt
     for step in range(STEPS):
         if step == STEPS // 2:
             device.signal_on(VFIO_PCI_MSI_IRQ_INDEX, [-1])
@@ -187,20 +189,33 @@ def digests(lines: list[str]) -> str:
 
 
 def name_of(walk: str, seed: int, layout: Layout) -> str:
-    """Of a walk in WALKS: answers to `object_walk` have the machine's aperture and window in them."""
-    where = f" {layout.last:#x} {layout.msi_start:#x}" if walk == "object_walk" else ""
-    return f"{walk} {seed}{where}"
+    """Of a walk in WALKS: answers to `object_walk` have the machine's aperture and window in them, those to
+    `config_walk` where its firmware or its kernel put the BAR, which goes with the window.
+    """
+    if walk == "irq_walk":
+        return f"{walk} {seed}"
+    return f"{walk} {seed} {layout.last:#x} {layout.msi_start:#x}"
 
 
 #: What Linux 7.3.4 answered, by walk and seed.
 WALKS = {
-    "config_walk 1": (
+    "config_walk 1 0xffffffffffff 0x8000000": (
+        "91632428a0a06073ff0d421fa16b4ea95037a1d2b495f608de9fefba27167b2113f7d1a2d8b0e4bca61d052764e59d3d"
+        "561d3b5ff6ce23dc1acfa805a6a911e716797c35b7bd7a5b0ed91dad6bb98c83c47495da2bb8d606f81e8565c1c2583c"
+        "8877133798afecdcf0794ce1457b2c46d7d70e1ee7812ffc021418f5b511cfd47f768069"
+    ),
+    "config_walk 1 0xffffffffffff 0xfee00000": (
         "9163a699c7d476de637a5a038903ae832f3dea5454fcf6081feac45227167b2113f7d1a2d8b0e4bca61d052764e59d3d"
         "561d3b5ff6ce23dc1acfa805a6a911e716797c35b7bd7a5b0ed91dad6bb98c83c47495da2bb8d606f81e8565c1c2583c"
         "8877133798afecdcf0794ce1457b2c46d7d70e1ee7812ffc021418f5b511cfd47f768069"
     ),
-    "config_walk 2": (
-        "3a41947e4476e1cfc24146b3aa34cf5e64d3f9e83fa9f1d259b9fb3080e0f07e9e20ef2729d8d6cd5aec55914e90d539"
+    "config_walk 2 0xffffffffffff 0x8000000": (
+        "3a41685d6a8054eb696653cbd68298c95b1d4e3c2943f1d2481f5e3ab752828b34253769d3ad7efff2c527b84e900fb1"
+        "467896213a5f723f95a56e8102bebc86ba332f9d5bc3160335d5239d9da212bc82ca50507f6eb3103714eeb61b26d907"
+        "d740251f7791df1c460d0d95dc8276c72be9de22df2955348d8c3fcbb784e688d8646c6a"
+    ),
+    "config_walk 2 0xffffffffffff 0xfee00000": (
+        "3a41fe9261b638f8c24146b3aa34cf5e64d3f9e83fa9f1d259b9fb3080e0f07e9e20ef2729d8d6cd5aec55914e90d539"
         "8f494d5c95cd808495a56e8102bebc86ba332f9d5bc3160335d5239d9da212bc82ca50507f6eb3103714eeb61b26d907"
         "d740251f7791df1c460d0d95dc8276c72be9de22df2955348d8c3fcbb784e688d8646c6a"
     ),
@@ -214,10 +229,20 @@ WALKS = {
         "9c17cdb9b8a562a756beadcf5fb03670262fce6b9232ca3b2ddadb4693bcd571f9a4e6286eead2d0a8efbd1e518f607b"
         "72e8266c1f74a4e0aca8d9bdc77cc1ab8d4376df920ae8ef"
     ),
+    "object_walk 1 0xffffffffffff 0x8000000": (
+        "4195e8327706d234ac34b0b06513612c60ee5b77ec2a5aa87c623668db164ef14f7eddc27932b307fb52015ad13e4faa"
+        "167dab4e7e71fd094d5b472a5f22d8be734f242b3ee5bcf0df5b855315e81533974fabd7db1d59e3681ee00f11ef2cc3"
+        "de9c019bca292ad0e6a09abe0f9005bf25ca672be869115a"
+    ),
     "object_walk 1 0xffffffffffff 0xfee00000": (
         "2ea27ca5ddfae5f28b3f8d8f1ee48d6d5f341619a4927c07b541bf2182ebd22670390a3417718c0c7b6dacd3d392029b"
         "cf8bab4eb0d52f651dea95a594ef4add734ff8b40e471569d6c34a602337153368e734ba04d97888a8f72c42a1ca6a12"
         "b7629becf8272ad096072301a306dbebba52887cb5eb2f2a"
+    ),
+    "object_walk 2 0xffffffffffff 0x8000000": (
+        "cb607042eeb975258980246dbb8e700b6ff40a6cdf2dea7bc4b998bcbcfe5f4e55e9ad86ed94f547aa71615710930eaa"
+        "a305c3393b3b93cb1486433558b96ffe8f26e89ce12ebc9eb858c6a07707abcce6b25c077805cf174fbfa41719ec30bc"
+        "e4df2d758cb5d2de501db479240b53d3e5c4917ea1b18223"
     ),
     "object_walk 2 0xffffffffffff 0xfee00000": (
         "da1c30a6c9220e331d4955b499d7db956ff43c67599aea7b9306895955768de8afe3dce2ca7e216ff929d07bf5bd6dac"
