@@ -169,6 +169,12 @@ def _dirty(backend: Backend) -> str | None:
     return bound(backend, ask)
 
 
+def _narrow_loads(backend: Backend) -> str | None:
+    """An SMMU stands for an Arm board here: the rest of the kernel does not say what it is."""
+    arm = _hw_info_type(IOMMU_HW_INFO_TYPE_ARM_SMMUV3, "SMMUv3")(backend) is None
+    return "on Arm a load that no register takes is an external abort, of which the kernel dies" if arm else None
+
+
 def _edu_pair(backend: Backend) -> str | None:
     if (missing := _vfio_cdev(backend)) is not None:
         return missing
@@ -264,6 +270,7 @@ PROBES: dict[str, Callable[[Backend], str | None]] = {
     "vtd": _hw_info_type(IOMMU_HW_INFO_TYPE_INTEL_VTD, "VT-d"),
     "nesting": _nesting,
     "no_nesting": lambda backend: None if _nesting(backend) else "the IOMMU has nested translation",
+    "narrow_loads": _narrow_loads,
     "dirty": _dirty,
     "no_dirty": lambda backend: None if _dirty(backend) else "the IOMMU has dirty tracking",
     "noiommu": _noiommu,
