@@ -8,11 +8,13 @@ descriptor and its memory at `RAM`; it starts with nothing mapped at stage 1.
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 from conformance.drivers.vfio import VfioDevice
 from conformance.steps import PAGE, hwpt_alloc, ioas_alloc, map_user, place
 from uapi.backend import Backend, Buffer, File
 from uapi.iommufd import (
+    IOMMU_GET_HW_INFO,
     IOMMU_HWPT_ALLOC_NEST_PARENT,
     IOMMU_HWPT_DATA_ARM_SMMUV3,
     IOMMU_HWPT_INVALIDATE,
@@ -22,13 +24,14 @@ from uapi.iommufd import (
     IOMMU_VIOMMU_ALLOC,
     IOMMU_VIOMMU_INVALIDATE_DATA_ARM_SMMUV3,
     IOMMU_VIOMMU_TYPE_ARM_SMMUV3,
+    iommu_hw_info_arm_smmuv3,
     iommu_hwpt_invalidate,
 )
 
 #: The guest's memory: its address there (an IOVA of the nesting parent), and pages of it.
 RAM, RAM_PAGES = 0x4000_0000, 32
-#: Pages of it that hold the context descriptor, the first table, and what tables below are taken from.
-CD_PAGE, TTB_PAGE, TABLE_PAGES = 0, 1, 8
+#: Pages of it that hold the context descriptors, the first table, and what tables below are taken from (up to there).
+CD_PAGE, TTB_PAGE, TABLE_PAGES = 0, 1, 16
 #: The window in which the kernel maps doorbells of interrupt controllers.
 SW_MSI, SW_MSI_LENGTH = 0x800_0000, 0x10_0000
 
@@ -51,9 +54,10 @@ CFGI_STE, CFGI_ALL, CFGI_CD, CFGI_CD_ALL = 0x03, 0x04, 0x05, 0x06
 NH_ALL, NH_ASID, NH_VA, NH_VAA, NSNH_ALL = 0x10, 0x11, 0x12, 0x13, 0x30
 ATC_INV, SYNC = 0x40, 0x46
 LEAF = 1
+SSV, ATC_GLOBAL, ATC_ALL = 1 << 11, 1 << 9, 52
 
 #: Events.
-C_BAD_STE, F_STREAM_DISABLED, C_BAD_CD = 0x04, 0x06, 0x0A
+C_BAD_STE, F_STREAM_DISABLED, C_BAD_SUBSTREAMID, C_BAD_CD = 0x04, 0x06, 0x08, 0x0A
 F_TRANSLATION, F_ADDR_SIZE, F_ACCESS, F_PERMISSION = 0x10, 0x11, 0x12, 0x13
 EVENT_HEADER, EVENT_SIZE = struct.Struct("<II"), 8 + 32
 
@@ -61,6 +65,11 @@ EVENT_HEADER, EVENT_SIZE = struct.Struct("<II"), 8 + 32
 def sid(vsid: int) -> int:
     """A stream id in a command's or an event's first word."""
     return (vsid & 0xFFFF_FFFF) << 32
+
+
+def ssid(pasid: int) -> int:
+    """A PASID in a command's or an event's first word."""
+    return pasid << 12
 
 
 def asid(number: int) -> int:
@@ -116,29 +125,33 @@ class Guest:
         start = index * PAGE + offset
         return bytes(self.ram.view[start : start + count])
 
-    def set_cd(self, cd: list[int]) -> None:
-        """Write the context descriptor; the hardware may still have the old one."""
-        first = CD_PAGE * PAGE // 8
+    def set_cd(self, cd: list[int], ssid: int = 0) -> None:
+        """Write the context descriptor of a PASID below 64; the hardware may still have the old one."""
+        first = CD_PAGE * PAGE // 8 + 8 * ssid
         for n, word in enumerate(cd):
             self._words[first + n] = word
 
-    def descriptor(self, iova: int, level: int = 3) -> int:
+    def new_table(self) -> int:
+        """An empty page for a table; its number."""
+        return next(self._tables)
+
+    def descriptor(self, iova: int, level: int = 3, root: int = TTB_PAGE) -> int:
         """Where in the guest's memory, in words, the descriptor for an address is, with tables made on the way."""
-        at = TTB_PAGE * PAGE // 8
+        at = root * PAGE // 8
         for above in range(1, level):
             at += iova >> 39 - 9 * above & 0x1FF
             if not self._words[at]:
-                self._words[at] = self.page(next(self._tables)) | VALID | TABLE
+                self._words[at] = self.page(self.new_table()) | VALID | TABLE
             at = ((self._words[at] & _PA) - RAM) // 8
         return at + (iova >> 39 - 9 * level & 0x1FF)
 
-    def map(self, iova: int, address: int, bits: int = PAGE_RW, level: int = 3) -> None:
+    def map(self, iova: int, address: int, bits: int = PAGE_RW, level: int = 3, root: int = TTB_PAGE) -> None:
         """Stage 1: translate a page of `iova` to the guest's `address`."""
-        self._words[self.descriptor(iova, level)] = address | bits
+        self._words[self.descriptor(iova, level, root)] = address | bits
 
-    def set_table(self, iova: int, level: int, entry: int) -> None:
+    def set_table(self, iova: int, level: int, entry: int, root: int = TTB_PAGE) -> None:
         """Put an entry of any kind."""
-        self._words[self.descriptor(iova, level)] = entry
+        self._words[self.descriptor(iova, level, root)] = entry
 
     # -- objects -----------------------------------------------------------------------------------------------------
 
@@ -185,6 +198,21 @@ class Guest:
             "entry_num": len(commands),
         }
         return IOMMU_HWPT_INVALIDATE.make(**(given | fields))
+
+
+class Unit(NamedTuple):
+    """What of an SMMUv3 decides over a guest's commands."""
+
+    ats: bool
+    ssids: bool
+
+
+def unit(iommu: File, dev_id: int) -> Unit:
+    """GET_HW_INFO of a bound device, in these terms."""
+    where = place(bytes(40))
+    IOMMU_GET_HW_INFO(iommu, dev_id=dev_id, data_len=40, data_uptr=where)
+    idr = iommu_hw_info_arm_smmuv3.from_address(where).idr
+    return Unit(ats=bool(idr[0] & 1 << 10), ssids=bool(idr[1] & 0x7C0))
 
 
 def viommu_alloc(iommu: File, dev_id: int, hwpt_id: int, kind: int = IOMMU_VIOMMU_TYPE_ARM_SMMUV3) -> int:
