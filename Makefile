@@ -6,8 +6,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Options for pytest and for the suite: make test ARGS="-k trace", make conformance ARGS="ioas_map"
 ARGS ?=
-# Those with an IOMMU, for runs of the suite on all of them.
-MACHINES := q35-vtd-legacy virt-smmuv3
 
 .PHONY: help test conformance vm compare coverage soak lint clean
 
@@ -17,7 +15,7 @@ help:
 	@echo "make vm           the suite on a real kernel in a guest: make vm IMAGE=path/to/bzImage"
 	@echo "make compare      the model's last run beside the recorded run of a real kernel"
 	@echo "make coverage     errno sites of the model that the suite does not reach"
-	@echo "make soak         the long runs"
+	@echo "make soak         the long runs, some hours: make soak ARGS=--quick, make soak ARGS=\"qemu caching\""
 	@echo "make lint         ruff and mypy"
 
 $(VENV)/base.stamp: pyproject.toml
@@ -53,13 +51,7 @@ coverage: $(VENV)/test.stamp
 	$(BIN)/iommulab coverage $(ARGS)
 
 soak: $(VENV)/test.stamp
-	IOMMULAB_SOAK=1 $(BIN)/python -m pytest -n auto $(ARGS)
-	$(BIN)/python -m pytest -m soak $(ARGS)
-	for caching in never random:1 random:2; do for machine in $(MACHINES); do \
-	  $(BIN)/iommulab conformance --machine $$machine --caching $$caching --report report/$$machine-$$caching || exit; \
-	done; done
-	$(BIN)/iommulab conformance --fail-nth --machine mock --report report/fail-nth-mock
-	$(BIN)/iommulab conformance --fail-nth --report report/fail-nth --total-time 7200
+	$(BIN)/python -m tests.soak $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -11,5 +11,6 @@ import os
 from hypothesis import settings
 
 settings.register_profile("fixed", derandomize=True)
-settings.register_profile("soak", max_examples=2000, deadline=None)
+QUICK = bool(os.environ.get("IOMMULAB_SOAK_QUICK"))
+settings.register_profile("soak", max_examples=100 if QUICK else 2000, deadline=None)
 settings.load_profile("soak" if os.environ.get("IOMMULAB_SOAK") else "fixed")

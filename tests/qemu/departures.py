@@ -99,7 +99,7 @@ DEPARTURES = [
     Departure(
         "vtd",
         "7.1.3 SRT",
-        "reserved bits are those of the half of the root entry that is used",
+        "reserved bits of a present half are a fault; for requests by the other half, too, is open (ours: not)",
         "looks at both halves",
     ),
     Departure(
