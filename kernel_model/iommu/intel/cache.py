@@ -101,6 +101,10 @@ class CacheTags:
     def flush_range(self, start: int, last: int, hint: int = 0) -> None:
         """After an unmap of [start, last]; `hint` says that no table was freed."""
         address, order = _aligned(start, last)
+        if len(self.tags) == 1 and self.tags[0].type in _IOTLBS:  # by far the most frequent
+            tag = self.tags[0]
+            tag.unit.submit([self._iotlb(tag, address, order, hint)])
+            return
         batch = _Batch()
         for tag in self.tags:
             if tag.type in _IOTLBS:
@@ -121,6 +125,11 @@ class CacheTags:
         if self._first_stage:
             return
         address, order = _aligned(start, last)
+        if len(self.tags) == 1 and self.tags[0].type in _IOTLBS:
+            tag = self.tags[0]
+            if tag.unit.caps.caching_mode:
+                tag.unit.submit([self._iotlb(tag, address, order, 0)])
+            return
         batch = _Batch()
         for tag in self.tags:
             if tag.unit.caps.caching_mode and tag.type in _IOTLBS:
