@@ -26,7 +26,11 @@ from uapi.iommufd import IOMMU_IOAS_MAP_FIXED_IOVA, IOMMU_IOAS_UNMAP
 #: What an injected failure may show: mostly ENOMEM; EFAULT for a copy or a pin, and what iommufd's own places say.
 ERRNOS = (errno.ENOMEM, errno.EFAULT, errno.EINVAL, errno.ENOENT)
 #: More, by call: a COPY in the fuzzer's manner goes on without its IOAS, and then its arguments are odd.
-MORE_ERRNOS = {"IOMMU_IOAS_COPY": (errno.EOVERFLOW, errno.EOPNOTSUPP)}
+#: VT-d says ENODEV where it has no memory for the entry of a PASID.
+MORE_ERRNOS = {
+    "IOMMU_IOAS_COPY": (errno.EOVERFLOW, errno.EOPNOTSUPP),
+    "VFIO_DEVICE_ATTACH_IOMMUFD_PT of a PASID": (errno.ENODEV,),
+}
 
 #: Calls that have had their effect when they copy their answer out: the kernel does not undo it where that fails.
 KEEPS = {

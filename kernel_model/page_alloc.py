@@ -56,8 +56,9 @@ class PageAllocator:
         return page
 
     def keep(self, page: int) -> None:
-        """Whoever has the page keeps it for good: it is not counted any more."""
-        self._out.remove(page)
+        """Whoever has what `alloc` gave keeps it for good: it is not counted any more."""
+        if self._large.pop(page, None) is None:
+            self._out.remove(page)
 
     def _alloc_large(self, size: int) -> int:
         again = self._free_large.get(size)

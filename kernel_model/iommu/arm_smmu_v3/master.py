@@ -147,6 +147,7 @@ class Master:
         index = ssid // _L2_ENTRIES
         if self.s1fmt == e.S1FMT_64K_L2 and index not in self._l2:
             table = self._l2[index] = pages.alloc(e.CD_BYTES * _L2_ENTRIES)
+            pages.keep(table)  # until the device goes
             self.smmu.words[(self.cdtab >> 3) + index] = table & e.L1CD_L2PTR_MASK | e.L1CD_V
             self._sync_cd(ssid, leaf=False)  # an invalid level 1 descriptor can be cached
         cd = self.get_cd(ssid)
