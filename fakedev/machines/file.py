@@ -44,7 +44,7 @@ _MACHINE_KEYS = {"name", "board", "ram", "kernel_arguments", "iommu", "device", 
 _IOMMU_KEYS = {"name", "kind", "base", "preset", "features"}
 _DEVICE_KEYS = {"kind", "address", "iommu", "bar", "bus_master", "properties", "ats"}
 #: What the firmware may say of a device.
-_PROPERTIES = ("dma-can-stall",)
+_PROPERTIES = ("dma-can-stall", "canwbs")
 _BRIDGE_KEYS = {"kind", "address", "buses", "iommu", "acs"}
 _ACS_BITS = {"sv": 1, "tb": 2, "rr": 4, "cr": 8, "uf": 0x10, "dt": 0x40}
 

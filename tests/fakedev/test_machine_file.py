@@ -139,7 +139,10 @@ NONSENSE = [
     (device("0000:00:20.0"), "'address' is as"),
     (device(kind="toaster"), "device 1 (0000:00:10.0): 'kind' is one of edu"),
     (device(more="colour = 1"), "unknown key 'colour'"),
-    (device(more='properties = ["dma-can-fly"]'), "no property 'dma-can-fly' of the firmware; there are dma-can-stall"),
+    (
+        device(more='properties = ["dma-can-fly"]'),
+        "no property 'dma-can-fly' of the firmware; there are dma-can-",
+    ),
     (device(more="properties = 1"), "'properties' is a list, not 1"),
     (device(more="ats = false"), "'ats' is a key of the kind \"dsa\""),
     (device() + device(), "device 2 (0000:00:10.0): device 1 (0000:00:10.0) is there already"),
