@@ -111,8 +111,9 @@ def test_reads_make_nothing_dirty(iommu: File, edu: Edu, tracked: int) -> None:
 
 def test_reading_cleans_and_the_next_write_counts_again(iommu: File, edu: Edu, tracked: int) -> None:
     for _ in range(3):
-        edu.store(IOVA + 2 * PAGE, 8)
-        assert dirty(iommu, tracked) == bits(2)
+        for page in (2, 9, 50):
+            edu.store(IOVA + page * PAGE, 8)
+        assert dirty(iommu, tracked) == bits(2, 9, 50)
         assert dirty(iommu, tracked) == 0
 
 
