@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from fakedev.machine import VTD_SCALABLE_CAP, VTD_SCALABLE_ECAP
 from fakedev.vtd.features import SCALABLE
 from kernel_model.errors import KernelError
 from kernel_model.iommu import core
@@ -109,6 +110,38 @@ def test_a_pasid_has_an_entry_of_its_own(world):
     core.detach_device_pasid(nested, world.dsa, 0x4321)
     assert world.entry(world.dsa, 0x4321) == [0] * 8
     assert world.entry(world.dsa)[0] & 1
+
+
+def test_words_are_those_that_a_real_kernel_writes():
+    """Linux 7.3.4 on QEMU 10.0.2's unit, whose ECAP was made to offer NEST, SSADS and SMPWC, too: what it showed of the
+    entry in /sys/kernel/debug/iommu/intel/dmar_translation_struct, less the table's address and the domain id."""
+    ecap = VTD_SCALABLE_ECAP | 1 << 26 | 1 << 45 | 1 << 48
+    world = World(types.SimpleNamespace(cap=VTD_SCALABLE_CAP, ecap=ecap))
+
+    def entry():
+        low, middle, high, *rest = world.entry(world.edu)
+        assert rest == [0] * 5
+        return low & 0xFFF, middle & ~0xFFFF, high
+
+    world.attach(core.paging_domain_alloc(world.edu))
+    assert entry() == (0x089, 0x80_0000, 0)
+    parent = world.parent(DIRTY)
+    world.attach(parent)
+    assert entry() == (0x089, 0x80_0000, 0)
+    parent.set_dirty_tracking(True)
+    assert entry() == (0x289, 0x80_0000, 0)
+    for table, flags, high in (
+        (0x10_0000, 0, 0x10_0000),
+        (0x8000_0000_0010_0F0F, 0, 0x8000_0000_0010_0F0F),
+        (0x10_0000, SRE | WPE, 0x10_0011),
+        (0x10_0000, WPE, 0x10_0000),
+        (0x10_0000, 1 << 40, 0x10_0000),
+    ):
+        world.attach(world.nested(parent, table=table, flags=flags))
+        assert entry() == (0x2C9, 0x80_0000, high)
+    parent.set_dirty_tracking(False)
+    assert entry() == (0x0C9, 0x80_0000, 0x10_0000)
+    world.box.close()
 
 
 # -- what the unit cannot ---------------------------------------------------------------------------------------------
