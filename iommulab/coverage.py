@@ -1,5 +1,7 @@
 """`iommulab coverage`: every place where the model raises an errno and the suite did not get there.
 
+The suite runs on several machines, for each IOMMU one that has everything: a place that is reached on one is reached.
+
 The places are the `raise KernelError(errno.X, ...)` statements of `kernel_model`, found in its syntax trees; whether a
 place was reached is whether its line ran in a run of the whole suite on the model. One that was not reached needs a
 reason in `conformance/UNREACHED.md`, in lines of this form, where one line stands for all such places of a function::
@@ -22,6 +24,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fakedev.machines.named import MACHINES as NAMED
 from iommulab.errors import UserError
 from iommulab.results import SUITE
 from iommulab.selection import pytest_command, pytest_environment
@@ -29,6 +32,8 @@ from iommulab.suite import MODEL, workers_for
 from iommulab.terminal import console as make_console
 
 ROOT = SUITE.parent
+#: Where the suite is run.
+MACHINES = ("q35-vtd-legacy", "q35-vtd-max", "virt-smmuv3-max")
 REASONS = SUITE / "UNREACHED.md"
 _ENTRY = re.compile(r"- `(\S+\.py) (\S+) (E[A-Z0-9]+|\?)`: *(.*)")
 
@@ -96,22 +101,24 @@ def read_reasons(text: str, name: str = REASONS.name) -> dict[tuple[str, str, st
     return reasons
 
 
-def reached_lines(console: Console, workers: int) -> dict[str, set[int]]:
-    """Run the suite on the model and return the lines that ran, by file relative to the root."""
+def reached_lines(console: Console, workers: int, machines: Sequence[str]) -> dict[str, set[int]]:
+    """Run the suite on the model's machines and return the lines that ran, by file relative to the root."""
     if find_spec("coverage") is None:
         raise UserError("the package coverage is not installed here; install it with: pip install 'iommulab[test]'")
     with tempfile.TemporaryDirectory(prefix="iommulab-reached-") as folder:
-        arguments = ["-p", "iommulab.reached", "-q", "--backend", MODEL, str(SUITE)]
-        arguments += ["-p", "xdist", "-n", str(workers)] if workers > 1 else []
-        environment = pytest_environment() | {"IOMMULAB_REACHED": folder}
-        with console.status("running the suite on the model"):
-            done = subprocess.run(
-                pytest_command(arguments), capture_output=True, text=True, env=environment, cwd=ROOT, check=False
-            )
-        if done.returncode not in (0, 1):
-            raise UserError(f"the suite did not run: {(done.stdout + done.stderr).strip()[-500:]}")
-        lines = (done.stdout.strip().splitlines() or [""])[-1]
-        console.print(f"the suite: {lines.strip('= ')}", markup=False, highlight=False)
+        for machine in machines:
+            arguments = ["-p", "iommulab.reached", "-q", "--backend", MODEL]
+            arguments += [f"--backend-option=machine={machine}", str(SUITE)]
+            arguments += ["-p", "xdist", "-n", str(workers)] if workers > 1 else []
+            environment = pytest_environment() | {"IOMMULAB_REACHED": folder}
+            with console.status(f"running the suite on {machine}"):
+                done = subprocess.run(
+                    pytest_command(arguments), capture_output=True, text=True, env=environment, cwd=ROOT, check=False
+                )
+            if done.returncode not in (0, 1):
+                raise UserError(f"the suite did not run: {(done.stdout + done.stderr).strip()[-500:]}")
+            lines = (done.stdout.strip().splitlines() or [""])[-1]
+            console.print(f"the suite on {machine}: {lines.strip('= ')}", markup=False, highlight=False)
         return _read_lines(Path(folder))
 
 
@@ -133,6 +140,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "coverage", help="errno sites of the model that the suite does not reach", description=__doc__
     )
     parser.add_argument("-n", dest="workers", type=int, metavar="N", help="parallel processes")
+    parser.add_argument(
+        "--machine",
+        action="append",
+        choices=sorted(NAMED),
+        metavar="NAME",
+        help=f"a machine to run on, several times if need be (default: {', '.join(MACHINES)})",
+    )
     parser.add_argument("--all", action="store_true", help="list those with a reason too")
     parser.set_defaults(run=run)
 
@@ -147,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
     except FileNotFoundError:
         reasons = {}
     sites = find_sites(ROOT / "kernel_model")
-    reached = reached_lines(console, workers_for(args.workers))
+    reached = reached_lines(console, workers_for(args.workers), args.machine or MACHINES)
     missed = [site for site in sites if site.line not in reached.get(site.path, set())]
     return report(console, sites, missed, reasons, everything=args.all)
 
