@@ -189,4 +189,7 @@ def test_message_of_an_earlier_time_interrupts_nobody(
     edu.store(address, 4)
     edu.vfio.signal_on(MSI, [eventfd])
     assert signals(eventfd, SILENCE) == 0
+    edu.raise_irq(1)  # that it was refused is not remembered
+    assert signals(eventfd) == 1
+    edu.acknowledge(1)
     zeros.close()
