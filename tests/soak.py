@@ -79,7 +79,7 @@ PARTS = [
     ),
     Part(
         "caching",
-        "the suite on hardware that keeps all that it may, on one that keeps nothing, and on one that forgets at random",
+        "the suite on hardware that keeps all it may, that keeps nothing, and that forgets at random",
         "1",
         _caching([], MACHINES, CACHING),
         _caching(FEW, MACHINES[:1], CACHING[:2]),
