@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from fakedev.caching import caching
 from fakedev.machine import SMMU_BASE
 from fakedev.smmuv3 import commands as c
 from fakedev.smmuv3 import entries as e
@@ -130,12 +131,14 @@ class World:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("policy", ["always", "never", "random"])
+@pytest.mark.parametrize("policy", ["always", "never", "random", "always with tables", "random with tables"])
 def test_warm_caches_with_the_right_invalidations_are_as_good_as_cold_ones(policy, nested):
     for seed in range(6):
         rolls = random.Random(seed)
-        keep = {"always": None, "never": lambda: False, "random": lambda rolls=rolls: rolls.random() < 0.5}[policy]
+        keep = {"never": lambda: False, "random": lambda rolls=rolls: rolls.random() < 0.5}.get(policy)
         world = World(seed, keep, nested)
+        if "tables" in policy:
+            world.bench.unit.set_caching(caching("always" if "always" in policy else f"random:{seed}"))
         for _ in range(30):
             world.change_stage_2() if nested and world.random.random() < 0.4 else world.change_stage_1()
             world.check()

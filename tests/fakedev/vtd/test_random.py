@@ -4,6 +4,7 @@ what may be stale."""
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fakedev.caching import caching
 from fakedev.dma import NO_PASID, PRIVILEGED, READ, WRITE, DmaAbort, TranslationFault
 from fakedev.tlp import PageRequest
 from fakedev.vtd import descriptors as qi
@@ -92,9 +93,11 @@ def got(rig, page, access, pasid=PASID):
         min_size=1,
         max_size=12,
     ),
+    way=st.sampled_from(["always", "never", "random:1"]),
 )
-def test_every_kind_of_table_gives_what_its_pages_say(pgtt, first, second, wpe, dirty, requests):
+def test_every_kind_of_table_gives_what_its_pages_say(pgtt, first, second, wpe, dirty, requests, way):
     rig = fresh(pgtt, first, second, wpe, dirty)
+    rig.box.set_caching(caching(way))
     written = set()
     for page, access in requests:
         expected = wanted(pgtt, first, second, page, access, wpe)
@@ -122,13 +125,16 @@ INVALIDATIONS = st.sampled_from(["global", "domain", "page", "pasid", "pasid pag
         ),
         max_size=40,
     ),
+    tables=st.booleans(),
 )
-def test_what_is_read_is_stale_until_the_right_invalidation_and_never_after(pgtt, steps):
+def test_what_is_read_is_stale_until_the_right_invalidation_and_never_after(pgtt, steps, tables):
     """Every page is mapped all the time; a read gives what was mapped when it was cached."""
     mapped = dict.fromkeys(range(PAGES), 0)
     cached = {}
     full = [(0, 7)] * PAGES
     rig = fresh(pgtt, full, [(n, 3) for n in range(PAGES)] if pgtt == N else [(0, 3)] * PAGES, True, False)
+    if tables:
+        rig.box.set_caching(caching("always"))
     for what, page, other in steps:
         if what == "map":
             mapped[page] = other
