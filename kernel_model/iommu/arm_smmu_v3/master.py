@@ -135,6 +135,9 @@ class Master:
 
     def alloc_cd(self, ssid: int) -> memoryview[int]:
         """The same, with tables made as they are needed. ENOMEM."""
+        if ssid >> self.ssid_bits:
+            # The core counts the function's PASIDs whether they are on or not: 7.3 writes behind the table here.
+            raise KernelBug(f"PASID {ssid} of {self.device.name} is beyond its {1 << self.ssid_bits} descriptors")
         pages = self.smmu.pages
         if not self.cdtab:
             contexts = 1 << self.ssid_bits

@@ -7,10 +7,12 @@ answers to page requests that nobody takes, records that were lost.
 import pytest
 
 from fakedev.ats import AtsPort
+from fakedev.bridge import PciBridge
 from fakedev.dma import DmaAbort, Outcome, Parked
 from fakedev.machine import SMMU_BASE, Machine
 from fakedev.pci import PciFunction
 from fakedev.pcie import (
+    PCI_EXP_TYPE_ENDPOINT,
     PCI_EXP_TYPE_RC_END,
     PCI_PRI_STATUS,
     PCI_PRI_STATUS_RF,
@@ -282,3 +284,24 @@ def test_page_requests_beyond_the_queue_are_answered_by_the_unit_and_the_loss_is
     assert kept == [[Outcome.ABORT]] * 2
     assert "PRIQ overflow detected -- requests lost" in world.smmu.log
     assert world.smmu.readl(regs.PRIQ_PROD) == world.smmu.readl(regs.PRIQ_CONS)
+
+
+# -- PASIDs that cannot be switched on ---------------------------------------------------------------------------------
+
+
+def test_pasids_behind_a_port_without_access_control_are_counted_and_off(world):
+    """7.3 then writes behind its table of descriptors; the model stops where the kernel would corrupt memory."""
+    world.box.add(PciBridge("0000:00:05.0", 1, kind="root-port", acs=0), world.unit)
+    function = PciFunction("0000:01:00.0", (0x1234, 0x11E8), 0xFF0000, config_size=4096, command=4)
+    ExpressCapability(function, 0x40, PCI_EXP_TYPE_ENDPOINT)
+    PasidCapability(function, 0x100, bits=16)
+    world.box.add(function, world.unit)
+    device = core.Device(function.address, world.driver, function)
+    world.driver.probe_device(device, function.rid)
+    device.group = core.Group(9)
+    device.group.devices.append(device)
+    assert (pci_ats.pasid_enabled(function), device.max_pasids) == (False, 1 << 16)
+    domain = world.driver.domain_alloc_paging_flags(device, IOMMU_HWPT_ALLOC_PASID)
+    core.attach_group_handle(domain, device.group, core.AttachHandle())
+    with pytest.raises(KernelBug, match="beyond its 1 descriptors"):
+        core.attach_device_pasid(domain, device, 5, core.AttachHandle())
