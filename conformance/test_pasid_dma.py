@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from conformance.drivers.dsa import FILL, ON_WRITE, SUCCESS, WQ_BLOCK, WQ_NO_ATS, Dsa, Queue
+from conformance.drivers.dsa import FILL, ON_WRITE, SUCCESS, WQ_BLOCK, WQ_NO_ATS, WQ_PRIVILEGED, Dsa, Queue
 from conformance.dsa_offers import has_ats, max_pasids
 from conformance.spaces import MORE, NAME, RECORDS, REFUSED, TARGET, Space, is_shut_out, reached
 from conformance.steps import PAGE, READ, destroy, fails, hwpt_alloc, unmap
@@ -57,6 +57,10 @@ def mode(request: pytest.FixtureRequest, dsa: Dsa) -> int:
 def queues(dsa: Dsa, records: Buffer, mode: int) -> list[Queue]:
     """Of the device's own requests, of PASID 5 and of PASID 6."""
     return [dsa.queue(index, pasid, mode).record_in(records, RECORDS) for index, pasid in enumerate((None, 5, 6))]
+
+
+def is_smmuv3(iommu: File, dsa: Dsa) -> bool:
+    return IOMMU_GET_HW_INFO(iommu, dev_id=dsa.vfio.devid).out_data_type == IOMMU_HW_INFO_TYPE_ARM_SMMUV3
 
 
 # -- which table -----------------------------------------------------------------------------------------------------
@@ -239,6 +243,21 @@ def test_the_last_pasid_works_and_the_next_is_einval(
     assert is_shut_out(other, dsa)
 
 
+def test_a_request_that_names_pasid_0_is_refused(dsa: Dsa, spaces: list[Space], records: Buffer, mode: int) -> None:
+    """It is the number under which requests without one are translated, and stands on none (VT-d: SCT.9; SMMUv3:
+    C_BAD_SUBSTREAMID)."""
+    dsa.vfio.attach(spaces[0].hwpt)
+    assert is_shut_out(dsa.queue(0, 0, mode).record_in(records, RECORDS), dsa)
+    assert reached(dsa.queue(1, None, mode).record_in(records, RECORDS), spaces) == "a"
+
+
+def test_privileged_requests(iommu: File, dsa: Dsa, spaces: list[Space], records: Buffer, mode: int) -> None:
+    """VT-d's driver lets no PASID have any; an SMMUv3's tables give them what they give to all."""
+    dsa.vfio.attach_pasid(5, spaces[0].hwpt)
+    queue = dsa.queue(0, 5, mode | WQ_PRIVILEGED).record_in(records, RECORDS)
+    assert reached(queue, spaces) == "a" if is_smmuv3(iommu, dsa) else is_shut_out(queue, dsa)
+
+
 def test_hardware_information_tells_how_many_and_what_requests_may_ask_for(iommu: File, dsa: Dsa) -> None:
     info = IOMMU_GET_HW_INFO(iommu, dev_id=dsa.vfio.devid)
     assert 1 <= info.out_max_pasid_log2 <= 20
@@ -263,7 +282,7 @@ def test_ten_pasids_have_ten_tables(kernel: Backend, iommu: File, dsa: Dsa, reco
 
 
 def test_a_nesting_parent_of_an_smmuv3_is_not_for_pasids(iommu: File, dsa: Dsa, spaces: list[Space]) -> None:
-    if IOMMU_GET_HW_INFO(iommu, dev_id=dsa.vfio.devid).out_data_type != IOMMU_HW_INFO_TYPE_ARM_SMMUV3:
+    if not is_smmuv3(iommu, dsa):
         pytest.skip("no SMMUv3")
     with fails(errno.EOPNOTSUPP):
         Space(
