@@ -30,6 +30,8 @@ ERRNOS = (errno.ENOMEM, errno.EFAULT, errno.EINVAL, errno.ENOENT)
 MORE_ERRNOS = {
     "IOMMU_IOAS_COPY": (errno.EOVERFLOW, errno.EOPNOTSUPP),
     "VFIO_DEVICE_ATTACH_IOMMUFD_PT of a PASID": (errno.ENODEV,),
+    # A function that cannot have its vectors, for whatever reason, is told that there is no room.
+    "VFIO_DEVICE_SET_IRQS": (errno.ENOSPC,),
 }
 
 #: Calls that have had their effect when they copy their answer out: the kernel does not undo it where that fails.
