@@ -53,6 +53,12 @@ class PasidGuest(Guest):
             self.map(RECORDS, self.page(RECORD_PAGE))
             self.map(VA, self.page(LETTERS[letter]))
             self.hwpts[letter] = self.nested(hwpt_flags=PASID)
+        #: The page of the records, as a buffer of its own.
+        self.records = _Page(self)
+
+    def close(self) -> None:
+        self.records.view.release()
+        self.buffer.close()
 
     def use(self, letter: str) -> None:
         """Have `map` and its like work on the table of that letter."""
@@ -80,14 +86,13 @@ def mode(request: pytest.FixtureRequest, dsa: Dsa) -> int:
 def guest(kernel: Backend, iommu: File, dsa: Dsa, ioas: int) -> Iterator[PasidGuest]:
     guest = PasidGuest(kernel, iommu, dsa, ioas, DIRTY)
     yield guest
-    guest.buffer.close()
+    guest.close()
 
 
 def queue_for(guest: PasidGuest, dsa: Dsa, pasid: int | None, mode: int, index: int = 0, gpa: bool = False) -> Queue:
     """A queue of a PASID, whose records are at RECORDS; `gpa`: at their guest-physical address."""
     queue = dsa.queue(index, pasid, mode)
-    page = _Page(guest)
-    return queue.record_in(page, guest.page(RECORD_PAGE) if gpa else RECORDS)  # type: ignore[arg-type]
+    return queue.record_in(guest.records, guest.page(RECORD_PAGE) if gpa else RECORDS)  # type: ignore[arg-type]
 
 
 class _Page:
@@ -273,7 +278,7 @@ def test_guest_serves_a_page_request(
             asking_dsa.vfio.detach()
         else:
             asking_dsa.vfio.detach_pasid(pasid)
-    guest.buffer.close()
+    guest.close()
 
 
 def test_parent_for_pasids_is_none_without_nesting_flag(guest: PasidGuest, dsa: Dsa) -> None:
