@@ -153,6 +153,10 @@ class Guest:
         """Put an entry of any kind."""
         self._words[self.descriptor(iova, level, root)] = entry
 
+    def change(self, iova: int, level: int, bits: int) -> None:
+        """Set bits of an entry."""
+        self._words[self.descriptor(iova, level)] |= bits
+
     # -- objects -----------------------------------------------------------------------------------------------------
 
     def ste(self, config: int = S1) -> tuple[int, int]:
@@ -201,10 +205,12 @@ class Guest:
 
 
 class Unit(NamedTuple):
-    """What of an SMMUv3 decides over a guest's commands."""
+    """What of an SMMUv3 decides over a guest's commands and descriptors; `flags`: it keeps access flags."""
 
     ats: bool
     ssids: bool
+    stalls: bool
+    flags: bool
 
 
 def unit(iommu: File, dev_id: int) -> Unit:
@@ -212,7 +218,12 @@ def unit(iommu: File, dev_id: int) -> Unit:
     where = place(bytes(40))
     IOMMU_GET_HW_INFO(iommu, dev_id=dev_id, data_len=40, data_uptr=where)
     idr = iommu_hw_info_arm_smmuv3.from_address(where).idr
-    return Unit(ats=bool(idr[0] & 1 << 10), ssids=bool(idr[1] & 0x7C0))
+    return Unit(
+        ats=bool(idr[0] & 1 << 10),
+        ssids=bool(idr[1] & 0x7C0),
+        stalls=idr[0] >> 24 & 3 != 1,
+        flags=bool(idr[0] & 0xC0),
+    )
 
 
 def viommu_alloc(iommu: File, dev_id: int, hwpt_id: int, kind: int = IOMMU_VIOMMU_TYPE_ARM_SMMUV3) -> int:

@@ -1,8 +1,8 @@
 """Virtual IOMMUs: a slice of a physical IOMMU for a guest, after viommu.c and driver.c of drivers/iommu/iommufd.
 
 The driver's half is `iommu.viommu`. A vIOMMU holds a nesting parent; nested HWPTs, vDEVICEs, event queues and hardware
-queues of the guest hold the vIOMMU. Only the mock driver has them: SMMUv3, Tegra241 and AMD are not there, and their
-types are EOPNOTSUPP, as on a kernel without that hardware.
+queues of the guest hold the vIOMMU. The mock driver and the SMMUv3 driver have them. Tegra241 and AMD are not there:
+their types are EOPNOTSUPP, as on a kernel without that hardware.
 """
 
 from __future__ import annotations
