@@ -208,6 +208,14 @@ class FaultIds(NamedTuple):
     hwpt: int
 
 
+#: A device that reports its faults, and the file of the queue that they reach: the fixture `reporting`.
+Reporting = tuple[FaultIds, File]
+
+
+def cookies(faults: list[PageFault]) -> list[int]:
+    return [fault.cookie for fault in faults]
+
+
 def reporting_device(kernel: Backend, iommu: File) -> tuple[FaultIds, File]:
     """A device that is attached to a HWPT which reports to a queue, and the queue's file."""
     ioas = ioas_alloc(iommu)

@@ -17,10 +17,11 @@ import pytest
 from conformance.arena import Arena, arena
 from conformance.drivers.vfio import VfioDevice
 from conformance.mock import (
-    FaultIds,
     PageFault,
+    Reporting,
     answer_faults,
     command,
+    cookies,
     fault_queue,
     mock_domain,
     mock_domain_flags,
@@ -29,7 +30,6 @@ from conformance.mock import (
     nested_alloc,
     page_faults,
     read_faults,
-    reporting_device,
     trigger_iopf,
 )
 from conformance.pasids import attached, pasid_attach, pasid_detach, pasid_replace
@@ -45,30 +45,16 @@ from uapi.iommufd import (
 
 pytestmark = [pytest.mark.needs("iommu", "mock"), pytest.mark.since("6.11")]
 
-Setting = tuple[FaultIds, File]
-
 FAULT, PASID = IOMMU_HWPT_FAULT_ID_VALID, IOMMU_HWPT_ALLOC_PASID
 LAST, PASID_VALID = IOMMU_PGFAULT_FLAGS_LAST_PAGE, IOMMU_PGFAULT_FLAGS_PASID_VALID
 SIZE = 40
 
 
-@pytest.fixture
-def setting(kernel: Backend, iommu: File) -> Iterator[tuple[FaultIds, File]]:
-    """The ids, and the queue's file."""
-    ids, queue = reporting_device(kernel, iommu)
-    yield ids, queue
-    queue.close()
-
-
-def cookies(faults: list[PageFault]) -> list[int]:
-    return [fault.cookie for fault in faults]
-
-
 # -- the queue of a HWPT ---------------------------------------------------------------------------------------------
 
 
-def test_hwpt_holds_the_queue(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_hwpt_holds_the_queue(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     queue.close()
     with fails(errno.EBUSY):
         destroy(iommu, ids.fault)
@@ -80,19 +66,19 @@ def test_hwpt_holds_the_queue(iommu: File, setting: Setting) -> None:
 
 
 @pytest.mark.parametrize("fault_id", [0, 1, 3, 5, 7, 99, U32_MAX])
-def test_unknown_queue_is_enoent_and_leaves_no_hwpt(iommu: File, setting: Setting, fault_id: int) -> None:
+def test_unknown_queue_is_enoent_and_leaves_no_hwpt(iommu: File, reporting: Reporting, fault_id: int) -> None:
     with fails(errno.ENOENT):
-        nested_alloc(iommu, setting[0].idev, setting[0].parent, FAULT, fault_id=fault_id)
+        nested_alloc(iommu, reporting[0].idev, reporting[0].parent, FAULT, fault_id=fault_id)
     assert [ioas_alloc(iommu), ioas_alloc(iommu)] == [4, 8]
 
 
-def test_queue_is_looked_up_after_the_driver_has_made_its_domain(iommu: File, setting: Setting) -> None:
+def test_queue_is_looked_up_after_the_driver_has_made_its_domain(iommu: File, reporting: Reporting) -> None:
     with fails(errno.EOPNOTSUPP):
-        hwpt_alloc(iommu, setting[0].idev, setting[0].parent, FAULT, data_type=1, data_len=4, fault_id=99)
+        hwpt_alloc(iommu, reporting[0].idev, reporting[0].parent, FAULT, data_type=1, data_len=4, fault_id=99)
 
 
-def test_queue_without_the_flag_is_not_looked_at(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_queue_without_the_flag_is_not_looked_at(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     nested = nested_alloc(iommu, ids.idev, ids.parent, fault_id=99)
     mock_replace(iommu, ids.stdev, nested)
     trigger_iopf(iommu, ids.idev)
@@ -100,8 +86,8 @@ def test_queue_without_the_flag_is_not_looked_at(iommu: File, setting: Setting) 
 
 
 @pytest.mark.has("fault-queue-on-paging-hwpt")
-def test_paging_hwpt_reports_too(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_paging_hwpt_reports_too(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     paging = hwpt_alloc(iommu, ids.idev, ids.ioas, FAULT, fault_id=ids.fault)
     mock_replace(iommu, ids.stdev, paging)
     trigger_iopf(iommu, ids.idev)
@@ -109,17 +95,17 @@ def test_paging_hwpt_reports_too(iommu: File, setting: Setting) -> None:
 
 
 @pytest.mark.has("fault-queue-on-paging-hwpt")
-def test_paging_hwpt_with_an_unknown_queue_is_enoent(iommu: File, setting: Setting) -> None:
+def test_paging_hwpt_with_an_unknown_queue_is_enoent(iommu: File, reporting: Reporting) -> None:
     with fails(errno.ENOENT):
-        hwpt_alloc(iommu, setting[0].idev, setting[0].ioas, FAULT, fault_id=99)
+        hwpt_alloc(iommu, reporting[0].idev, reporting[0].ioas, FAULT, fault_id=99)
     assert [ioas_alloc(iommu), ioas_alloc(iommu)] == [4, 8]
 
 
 # -- the message -----------------------------------------------------------------------------------------------------
 
 
-def test_message_says_what_the_device_asked_for(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_message_says_what_the_device_asked_for(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev, 0, 0x1234, 2, 0xDEAD_BEEF_F00D)
     data = queue.read(SIZE)
     assert page_faults(data) == [PageFault(LAST, ids.idev, 0, 0x1234, 2, 0xDEAD_BEEF_F00D, 0, 1)]
@@ -127,9 +113,9 @@ def test_message_says_what_the_device_asked_for(iommu: File, setting: Setting) -
 
 
 @pytest.mark.parametrize("pasid", [1, 1024, U32_MAX])
-def test_pasid_that_nobody_attached_is_the_guests_own(iommu: File, setting: Setting, pasid: int) -> None:
+def test_pasid_that_nobody_attached_is_the_guests_own(iommu: File, reporting: Reporting, pasid: int) -> None:
     """The domain of the device's own requests is nested, so that it gets those of every PASID."""
-    ids, queue = setting
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev, pasid)
     assert read_faults(queue) == [PageFault(LAST | PASID_VALID, ids.idev, pasid, 0x2A, 3, 0x1000, 0, 1)]
 
@@ -137,15 +123,15 @@ def test_pasid_that_nobody_attached_is_the_guests_own(iommu: File, setting: Sett
 @pytest.mark.parametrize(
     ("grpid", "perm", "addr"), [(0, 0, 0), (U32_MAX, U32_MAX, U64_MAX), (1, 16, 1)], ids=["zero", "max", "odd"]
 )
-def test_request_is_passed_on_as_it_is(iommu: File, setting: Setting, grpid: int, perm: int, addr: int) -> None:
-    ids, queue = setting
+def test_request_is_passed_on_as_it_is(iommu: File, reporting: Reporting, grpid: int, perm: int, addr: int) -> None:
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev, 0, grpid, perm, addr)
     assert read_faults(queue) == [PageFault(LAST, ids.idev, 0, grpid, perm, addr, 0, 1)]
 
 
-def test_requests_of_one_group_id_are_groups_of_their_own(iommu: File, setting: Setting) -> None:
+def test_requests_of_one_group_id_are_groups_of_their_own(iommu: File, reporting: Reporting) -> None:
     """Each says that it is the last of its group."""
-    ids, queue = setting
+    ids, queue = reporting
     for addr in (0x3000, 0x1000, 0x2000):
         trigger_iopf(iommu, ids.idev, grpid=9, addr=addr)
     faults = read_faults(queue)
@@ -156,8 +142,8 @@ def test_requests_of_one_group_id_are_groups_of_their_own(iommu: File, setting: 
 # -- who hears of it -------------------------------------------------------------------------------------------------
 
 
-def test_trigger_on_what_is_no_device_is_enoent(iommu: File, setting: Setting) -> None:
-    ids = setting[0]
+def test_trigger_on_what_is_no_device_is_enoent(iommu: File, reporting: Reporting) -> None:
+    ids = reporting[0]
     for number in (0, ids.ioas, ids.stdev, ids.hwpt, ids.fault, 99):
         with fails(errno.ENOENT):
             trigger_iopf(iommu, number)
@@ -169,8 +155,8 @@ def test_trigger_on_a_real_device_is_einval(device: VfioDevice, iommu: File) -> 
         trigger_iopf(iommu, device.devid)
 
 
-def test_trigger_writes_no_reply(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_trigger_writes_no_reply(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     with arena(1) as memory:
         arg = command(abi.IOMMU_TEST_OP_TRIGGER_IOPF, 0, "trigger_iopf", dev_id=ids.idev, grpid=5)
         Arena.write(memory.page(0), arg)
@@ -179,8 +165,8 @@ def test_trigger_writes_no_reply(iommu: File, setting: Setting) -> None:
     assert [fault.grpid for fault in read_faults(queue)] == [5]
 
 
-def test_request_that_nobody_handles_shows_nowhere(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_request_that_nobody_handles_shows_nowhere(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     for target in (ids.parent, ids.ioas, nested_alloc(iommu, ids.idev, ids.parent)):
         mock_replace(iommu, ids.stdev, target)
         trigger_iopf(iommu, ids.idev)
@@ -189,15 +175,15 @@ def test_request_that_nobody_handles_shows_nowhere(iommu: File, setting: Setting
 
 
 @pytest.mark.has("fault-queue-on-paging-hwpt")
-def test_pasid_is_not_the_guests_own_where_the_domain_is_not_nested(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_pasid_is_not_the_guests_own_where_the_domain_is_not_nested(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     mock_replace(iommu, ids.stdev, hwpt_alloc(iommu, ids.idev, ids.ioas, FAULT, fault_id=ids.fault))
     trigger_iopf(iommu, ids.idev, pasid=1)
     assert queue.read(SIZE) == b""
 
 
-def test_devices_share_a_queue(kernel: Backend, iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_devices_share_a_queue(kernel: Backend, iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     other = mock_domain(iommu, ids.hwpt)
     third = mock_domain(iommu, nested_alloc(iommu, ids.idev, ids.parent, FAULT, fault_id=ids.fault))
     for idev in (other.idev, ids.idev, third.idev, other.idev):
@@ -205,8 +191,8 @@ def test_devices_share_a_queue(kernel: Backend, iommu: File, setting: Setting) -
     assert [fault.dev_id for fault in read_faults(queue)] == [other.idev, ids.idev, third.idev, other.idev]
 
 
-def test_each_hwpt_has_its_queue(kernel: Backend, iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_each_hwpt_has_its_queue(kernel: Backend, iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     fault, second = fault_queue(kernel, iommu)
     with second:
         other = mock_domain(iommu, nested_alloc(iommu, ids.idev, ids.parent, FAULT, fault_id=fault))
@@ -284,8 +270,8 @@ def test_faults_of_a_pasid_end_with_its_attachment_and_not_with_the_devices_own(
 # -- the end of an attachment ----------------------------------------------------------------------------------------
 
 
-def test_faults_end_with_the_attachment(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_faults_end_with_the_attachment(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     for _ in range(3):
         trigger_iopf(iommu, ids.idev)
     assert cookies(read_faults(queue, 1)) == [1]
@@ -296,8 +282,8 @@ def test_faults_end_with_the_attachment(iommu: File, setting: Setting) -> None:
         answer_faults(queue, 1)
 
 
-def test_faults_end_with_the_device(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_faults_end_with_the_device(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev)
     trigger_iopf(iommu, ids.idev)
     read_faults(queue, 1)
@@ -308,8 +294,8 @@ def test_faults_end_with_the_device(iommu: File, setting: Setting) -> None:
     destroy(iommu, ids.hwpt)
 
 
-def test_faults_of_others_stay(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_faults_of_others_stay(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     other = mock_domain(iommu, ids.hwpt)
     for idev in (ids.idev, other.idev, ids.idev, other.idev):
         trigger_iopf(iommu, idev)
@@ -319,8 +305,8 @@ def test_faults_of_others_stay(iommu: File, setting: Setting) -> None:
     assert answer_faults(queue, 1, 2) == 16
 
 
-def test_replace_by_the_same_keeps_faults(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_replace_by_the_same_keeps_faults(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev)
     trigger_iopf(iommu, ids.idev)
     read_faults(queue, 1)
@@ -329,8 +315,8 @@ def test_replace_by_the_same_keeps_faults(iommu: File, setting: Setting) -> None
     assert answer_faults(queue, 1, 2) == 16
 
 
-def test_replace_by_another_hwpt_of_the_queue_ends_those_before(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_replace_by_another_hwpt_of_the_queue_ends_those_before(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev, grpid=1)
     second = nested_alloc(iommu, ids.idev, ids.parent, FAULT, fault_id=ids.fault)
     mock_replace(iommu, ids.stdev, second)
@@ -341,8 +327,8 @@ def test_replace_by_another_hwpt_of_the_queue_ends_those_before(iommu: File, set
         answer_faults(queue, 1)
 
 
-def test_failed_replace_keeps_faults(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_failed_replace_keeps_faults(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev)
     for target in (99, ids.fault):
         with fails(errno.ENOENT if target == 99 else errno.EINVAL):
@@ -353,8 +339,8 @@ def test_failed_replace_keeps_faults(iommu: File, setting: Setting) -> None:
 # -- the end of the descriptor ---------------------------------------------------------------------------------------
 
 
-def test_faults_go_on_without_a_reader(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_faults_go_on_without_a_reader(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev)
     queue.close()
     trigger_iopf(iommu, ids.idev)
@@ -363,9 +349,9 @@ def test_faults_go_on_without_a_reader(iommu: File, setting: Setting) -> None:
     destroy(iommu, ids.fault)
 
 
-def test_queue_keeps_the_context_alive(iommu: File, setting: Setting) -> None:
+def test_queue_keeps_the_context_alive(iommu: File, reporting: Reporting) -> None:
     """Mock devices do not; but the queue's descriptor does, so that nothing is torn down before it is closed."""
-    ids, queue = setting
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev)
     trigger_iopf(iommu, ids.idev)
     iommu.close()
@@ -373,8 +359,10 @@ def test_queue_keeps_the_context_alive(iommu: File, setting: Setting) -> None:
     assert answer_faults(queue, 2, 1) == 16
 
 
-def test_last_close_takes_queued_and_unanswered_faults_along(kernel: Backend, iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_last_close_takes_queued_and_unanswered_faults_along(
+    kernel: Backend, iommu: File, reporting: Reporting
+) -> None:
+    ids, queue = reporting
     for _ in range(3):
         trigger_iopf(iommu, ids.idev)
     read_faults(queue, 2)

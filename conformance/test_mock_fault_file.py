@@ -8,49 +8,33 @@ from __future__ import annotations
 
 import errno
 import select
-from collections.abc import Iterator
 
 import pytest
 
 from conformance.arena import arena
 from conformance.mock import (
-    FaultIds,
-    PageFault,
+    Reporting,
     answer_faults,
+    cookies,
     mock_replace,
     page_faults,
     read_faults,
-    reporting_device,
     trigger_iopf,
 )
 from conformance.steps import NOWHERE, U32_MAX, U64_MAX, fails
-from uapi.backend import Backend, File
+from uapi.backend import File
 
 pytestmark = [pytest.mark.needs("iommu", "mock"), pytest.mark.since("6.11")]
-
-Setting = tuple[FaultIds, File]
 
 #: Of a message.
 SIZE = 40
 
 
-@pytest.fixture
-def setting(kernel: Backend, iommu: File) -> Iterator[tuple[FaultIds, File]]:
-    """The ids, and the queue's file."""
-    ids, queue = reporting_device(kernel, iommu)
-    yield ids, queue
-    queue.close()
-
-
-def cookies(faults: list[PageFault]) -> list[int]:
-    return [fault.cookie for fault in faults]
-
-
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def test_read_takes_what_fits(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_read_takes_what_fits(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     for grpid in range(5):
         trigger_iopf(iommu, ids.idev, grpid=grpid)
     assert [fault.grpid for fault in read_faults(queue, 2)] == [0, 1]
@@ -60,8 +44,8 @@ def test_read_takes_what_fits(iommu: File, setting: Setting) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 39, 41, 79])
-def test_read_of_parts_is_espipe_and_takes_nothing(iommu: File, setting: Setting, count: int) -> None:
-    ids, queue = setting
+def test_read_of_parts_is_espipe_and_takes_nothing(iommu: File, reporting: Reporting, count: int) -> None:
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev)
     with fails(errno.ESPIPE):
         queue.read(count)
@@ -69,8 +53,8 @@ def test_read_of_parts_is_espipe_and_takes_nothing(iommu: File, setting: Setting
 
 
 @pytest.mark.has("fault-read-too-small")
-def test_read_without_room_is_einval_while_something_waits(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_read_without_room_is_einval_while_something_waits(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     assert queue.read(0) == b""
     trigger_iopf(iommu, ids.idev)
     with fails(errno.EINVAL):
@@ -79,16 +63,16 @@ def test_read_without_room_is_einval_while_something_waits(iommu: File, setting:
     assert queue.read(0) == b""
 
 
-def test_read_at_an_offset_is_espipe(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_read_at_an_offset_is_espipe(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev)
     for offset in (0, SIZE):
         with fails(errno.ESPIPE):
             queue.pread(SIZE, offset)
 
 
-def test_read_into_bad_memory_is_efault_and_takes_nothing(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_read_into_bad_memory_is_efault_and_takes_nothing(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev, grpid=1)
     trigger_iopf(iommu, ids.idev, grpid=2)
     for address in (0, NOWHERE, U64_MAX - SIZE, 1 << 63):
@@ -97,8 +81,8 @@ def test_read_into_bad_memory_is_efault_and_takes_nothing(iommu: File, setting: 
     assert [(fault.grpid, fault.cookie) for fault in read_faults(queue)] == [(1, 1), (2, 2)]
 
 
-def test_read_stops_where_the_memory_ends(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_read_stops_where_the_memory_ends(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     for grpid in range(3):
         trigger_iopf(iommu, ids.idev, grpid=grpid)
     with arena(2) as memory:
@@ -110,27 +94,27 @@ def test_read_stops_where_the_memory_ends(iommu: File, setting: Setting) -> None
     assert [(fault.grpid, fault.cookie) for fault in read_faults(queue)] == [(1, 2), (2, 3)]
 
 
-def test_read_of_an_empty_queue_looks_at_no_user_memory(setting: Setting) -> None:
+def test_read_of_an_empty_queue_looks_at_no_user_memory(reporting: Reporting) -> None:
     """Only at whether it could be some."""
     for address in (0, NOWHERE):
-        assert setting[1].read_to(address, SIZE) == 0
+        assert reporting[1].read_to(address, SIZE) == 0
     for address in (U64_MAX - SIZE, 1 << 63):
         with fails(errno.EFAULT):
-            setting[1].read_to(address, SIZE)
+            reporting[1].read_to(address, SIZE)
 
 
-def test_no_room_for_bad_memory_is_told_from_the_count_first(iommu: File, setting: Setting) -> None:
-    trigger_iopf(iommu, setting[0].idev)
+def test_no_room_for_bad_memory_is_told_from_the_count_first(iommu: File, reporting: Reporting) -> None:
+    trigger_iopf(iommu, reporting[0].idev)
     with fails(errno.ESPIPE):
-        setting[1].read_to(NOWHERE, SIZE + 1)
+        reporting[1].read_to(NOWHERE, SIZE + 1)
 
 
 # -- answering -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", [0, 1])
-def test_answer_takes_the_fault_off(iommu: File, setting: Setting, code: int) -> None:
-    ids, queue = setting
+def test_answer_takes_the_fault_off(iommu: File, reporting: Reporting, code: int) -> None:
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev)
     assert cookies(read_faults(queue)) == [1]
     assert answer_faults(queue, 1, code=code) == 8
@@ -138,8 +122,8 @@ def test_answer_takes_the_fault_off(iommu: File, setting: Setting, code: int) ->
         answer_faults(queue, 1, code=code)
 
 
-def test_fault_is_answered_only_after_it_was_read(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_fault_is_answered_only_after_it_was_read(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev)
     with fails(errno.EINVAL):
         answer_faults(queue, 1)
@@ -147,8 +131,8 @@ def test_fault_is_answered_only_after_it_was_read(iommu: File, setting: Setting)
 
 
 @pytest.mark.parametrize("code", [2, 0xF, U32_MAX])
-def test_unknown_code_is_einval_and_the_fault_stays(iommu: File, setting: Setting, code: int) -> None:
-    ids, queue = setting
+def test_unknown_code_is_einval_and_the_fault_stays(iommu: File, reporting: Reporting, code: int) -> None:
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev)
     read_faults(queue)
     with fails(errno.EINVAL):
@@ -156,8 +140,8 @@ def test_unknown_code_is_einval_and_the_fault_stays(iommu: File, setting: Settin
     assert answer_faults(queue, 1) == 8
 
 
-def test_answers_in_any_order_and_several_at_once(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_answers_in_any_order_and_several_at_once(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     for _ in range(5):
         trigger_iopf(iommu, ids.idev)
     assert cookies(read_faults(queue)) == [1, 2, 3, 4, 5]
@@ -165,8 +149,8 @@ def test_answers_in_any_order_and_several_at_once(iommu: File, setting: Setting)
     assert answer_faults(queue, 5, 2) == 16
 
 
-def test_write_stops_at_the_first_bad_answer(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_write_stops_at_the_first_bad_answer(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     for _ in range(3):
         trigger_iopf(iommu, ids.idev)
     read_faults(queue)
@@ -178,8 +162,8 @@ def test_write_stops_at_the_first_bad_answer(iommu: File, setting: Setting) -> N
 
 
 @pytest.mark.parametrize("length", [1, 4, 7, 9, 20])
-def test_write_of_parts_is_espipe_and_answers_nothing(iommu: File, setting: Setting, length: int) -> None:
-    ids, queue = setting
+def test_write_of_parts_is_espipe_and_answers_nothing(iommu: File, reporting: Reporting, length: int) -> None:
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev)
     read_faults(queue)
     with fails(errno.ESPIPE):
@@ -187,16 +171,16 @@ def test_write_of_parts_is_espipe_and_answers_nothing(iommu: File, setting: Sett
     assert answer_faults(queue, 1) == 8
 
 
-def test_write_of_nothing_answers_nothing(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_write_of_nothing_answers_nothing(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev)
     read_faults(queue)
     assert queue.write(b"") == 0
     assert answer_faults(queue, 1) == 8
 
 
-def test_write_at_an_offset_is_espipe(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_write_at_an_offset_is_espipe(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     trigger_iopf(iommu, ids.idev)
     read_faults(queue)
     for offset in (0, 8):
@@ -205,8 +189,8 @@ def test_write_at_an_offset_is_espipe(iommu: File, setting: Setting) -> None:
     assert answer_faults(queue, 1) == 8
 
 
-def test_write_from_bad_memory_is_efault_after_those_that_could_be_read(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_write_from_bad_memory_is_efault_after_those_that_could_be_read(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     for _ in range(3):
         trigger_iopf(iommu, ids.idev)
     read_faults(queue)
@@ -223,8 +207,8 @@ def test_write_from_bad_memory_is_efault_after_those_that_could_be_read(iommu: F
 # -- cookies ---------------------------------------------------------------------------------------------------------
 
 
-def test_cookies_are_the_lowest_free(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_cookies_are_the_lowest_free(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
 
     def more(count: int) -> list[int]:
         for _ in range(count):
@@ -238,8 +222,8 @@ def test_cookies_are_the_lowest_free(iommu: File, setting: Setting) -> None:
     assert more(2) == [1, 2]
 
 
-def test_cookies_are_given_when_read(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_cookies_are_given_when_read(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     for grpid in range(3):
         trigger_iopf(iommu, ids.idev, grpid=grpid)
     assert [(fault.grpid, fault.cookie) for fault in read_faults(queue, 1)] == [(0, 1)]
@@ -247,9 +231,9 @@ def test_cookies_are_given_when_read(iommu: File, setting: Setting) -> None:
     assert [(fault.grpid, fault.cookie) for fault in read_faults(queue)] == [(1, 1), (2, 2)]
 
 
-def test_answer_to_cookie_zero_sets_it_free(iommu: File, setting: Setting) -> None:
+def test_answer_to_cookie_zero_sets_it_free(iommu: File, reporting: Reporting) -> None:
     """It is EINVAL, but while another fault is outstanding the kernel forgets that zero is kept back."""
-    ids, queue = setting
+    ids, queue = reporting
 
     def more(count: int) -> list[int]:
         for _ in range(count):
@@ -270,8 +254,8 @@ def test_answer_to_cookie_zero_sets_it_free(iommu: File, setting: Setting) -> No
     assert more(3) == [0, 1, 2]
 
 
-def test_answer_to_cookie_zero_with_nothing_outstanding_changes_nothing(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_answer_to_cookie_zero_with_nothing_outstanding_changes_nothing(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     for _ in range(2):
         trigger_iopf(iommu, ids.idev)
         with fails(errno.EINVAL):
@@ -283,8 +267,8 @@ def test_answer_to_cookie_zero_with_nothing_outstanding_changes_nothing(iommu: F
 # -- poll ------------------------------------------------------------------------------------------------------------
 
 
-def test_poll_tells_whether_something_waits(iommu: File, setting: Setting) -> None:
-    ids, queue = setting
+def test_poll_tells_whether_something_waits(iommu: File, reporting: Reporting) -> None:
+    ids, queue = reporting
     every = 0xFFF
     assert queue.poll(every) == select.POLLOUT
     trigger_iopf(iommu, ids.idev)
@@ -298,9 +282,9 @@ def test_poll_tells_whether_something_waits(iommu: File, setting: Setting) -> No
     assert queue.poll(every) == select.POLLOUT
 
 
-def test_hosts_own_poll_sees_the_same(iommu: File, setting: Setting) -> None:
+def test_hosts_own_poll_sees_the_same(iommu: File, reporting: Reporting) -> None:
     """As a program's event loop does, on the bare descriptor."""
-    ids, queue = setting
+    ids, queue = reporting
 
     def readable() -> bool:
         return bool(select.select([queue.fileno()], [], [], 0)[0])

@@ -23,6 +23,7 @@ from conformance.dsa_offers import (
     lacks_waiting,
 )
 from conformance.layout import LAYOUT, Layout
+from conformance.mock import Reporting, reporting_device
 from conformance.steps import ioas_alloc
 from uapi.backend import Backend, File
 
@@ -129,3 +130,11 @@ def layout(request: pytest.FixtureRequest) -> Layout:
     found = request.config.stash[LAYOUT]
     assert found is not None, "no device behind an IOMMU that the suite knows"
     return found
+
+
+@pytest.fixture
+def reporting(kernel: Backend, iommu: File) -> Iterator[Reporting]:
+    """A mock device that reports its page faults, and the file of their queue."""
+    ids, queue = reporting_device(kernel, iommu)
+    yield ids, queue
+    queue.close()
