@@ -40,7 +40,8 @@ def reads(edu: Edu, page: Buffer, iova: int, home: int) -> bytes:
 
 
 def domains_used(kernel: Backend) -> int:
-    return int(sysfs(kernel, "/sys/class/iommu/dmar0/intel-iommu/domains_used"))
+    """How many; not recorded, as it depends on what else is in the machine."""
+    return int(sysfs(getattr(kernel, "inner", kernel), "/sys/class/iommu/dmar0/intel-iommu/domains_used"))
 
 
 def test_dma_reaches_the_last_page_of_the_aperture(
@@ -91,7 +92,7 @@ def test_a_page_of_two_mebibytes_is_reached_at_both_ends(
     area.close()
 
 
-def test_a_unit_counts_the_domains_that_devices_are_attached_to(
+def test_a_unit_counts_a_domain_while_a_device_is_attached_to_it(
     kernel: Backend, edu: Edu, iommu: File, ioas: int
 ) -> None:
     attached = domains_used(kernel)
