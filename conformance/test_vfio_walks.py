@@ -194,27 +194,29 @@ def name_of(walk: str, seed: int, layout: Layout) -> str:
     """
     if walk == "irq_walk":
         return f"{walk} {seed}"
+    if walk == "config_walk":
+        return f"{walk} {seed} {layout.msi_start:#x}"
     return f"{walk} {seed} {layout.last:#x} {layout.msi_start:#x}"
 
 
 #: What Linux 7.3.4 answered, by walk and seed.
 WALKS = {
-    "config_walk 1 0xffffffffffff 0x8000000": (
+    "config_walk 1 0x8000000": (
         "91632428a0a06073ff0d421fa16b4ea95037a1d2b495f608de9fefba27167b2113f7d1a2d8b0e4bca61d052764e59d3d"
         "561d3b5ff6ce23dc1acfa805a6a911e716797c35b7bd7a5b0ed91dad6bb98c83c47495da2bb8d606f81e8565c1c2583c"
         "8877133798afecdcf0794ce1457b2c46d7d70e1ee7812ffc021418f5b511cfd47f768069"
     ),
-    "config_walk 1 0xffffffffffff 0xfee00000": (
+    "config_walk 1 0xfee00000": (
         "9163a699c7d476de637a5a038903ae832f3dea5454fcf6081feac45227167b2113f7d1a2d8b0e4bca61d052764e59d3d"
         "561d3b5ff6ce23dc1acfa805a6a911e716797c35b7bd7a5b0ed91dad6bb98c83c47495da2bb8d606f81e8565c1c2583c"
         "8877133798afecdcf0794ce1457b2c46d7d70e1ee7812ffc021418f5b511cfd47f768069"
     ),
-    "config_walk 2 0xffffffffffff 0x8000000": (
+    "config_walk 2 0x8000000": (
         "3a41685d6a8054eb696653cbd68298c95b1d4e3c2943f1d2481f5e3ab752828b34253769d3ad7efff2c527b84e900fb1"
         "467896213a5f723f95a56e8102bebc86ba332f9d5bc3160335d5239d9da212bc82ca50507f6eb3103714eeb61b26d907"
         "d740251f7791df1c460d0d95dc8276c72be9de22df2955348d8c3fcbb784e688d8646c6a"
     ),
-    "config_walk 2 0xffffffffffff 0xfee00000": (
+    "config_walk 2 0xfee00000": (
         "3a41fe9261b638f8c24146b3aa34cf5e64d3f9e83fa9f1d259b9fb3080e0f07e9e20ef2729d8d6cd5aec55914e90d539"
         "8f494d5c95cd808495a56e8102bebc86ba332f9d5bc3160335d5239d9da212bc82ca50507f6eb3103714eeb61b26d907"
         "d740251f7791df1c460d0d95dc8276c72be9de22df2955348d8c3fcbb784e688d8646c6a"
