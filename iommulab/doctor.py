@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from iommulab.errors import UserError
+from iommulab.guest.arm64 import ROOT, ROOT_NAME
 from iommulab.guest.qemu import find_qemu, kvm_problem, missing
 from iommulab.kernel_images import HOW_TO_GET_ONE, Image, cached_images, find_image
 from iommulab.terminal import console as make_console
@@ -89,6 +90,15 @@ def _qemu(architecture: str) -> Finding:
     return True, f"{qemu.version}, {qemu.path}"
 
 
+def _arm64_root(image: Image | None) -> Finding:
+    named = os.environ.get(ROOT)
+    if named is None and image is not None and image.architecture == "arm64":
+        named = str(image.path.with_name(ROOT_NAME))
+    if named is None:
+        return False, f"none: {ROOT} names none"
+    return os.path.exists(named), named if os.path.exists(named) else f"there is none at {named}"
+
+
 def _virtme() -> Finding:
     try:
         return True, importlib.metadata.version("virtme-ng")
@@ -136,6 +146,7 @@ def findings(image: Image | None) -> dict[str, Callable[[], Finding]]:
         "memory": _memory,
         "QEMU": lambda: _qemu("x86_64"),
         "QEMU for arm64": lambda: _qemu("arm64"),
+        "arm64 root": lambda: _arm64_root(image),
         "KVM": lambda: _kvm(image),
         "virtme-ng": _virtme,
         "kernel images": _images,
