@@ -237,11 +237,11 @@ def test_reply_fault_is_efault_and_undoes_the_hwpt(device: VfioDevice, iommu: Fi
 # ----------------------------------------------------------------------------------------------------------- hw info
 
 
-def hw_info(iommu: File, device: VfioDevice) -> tuple[iommu_hw_info, bytes]:
-    """GET_HW_INFO with room enough; the reply and the driver's part."""
+def hw_info(iommu: File, device: VfioDevice) -> tuple[iommu_hw_info, iommu_hw_info_vtd]:
+    """GET_HW_INFO with exact room, of VT-d; the reply and the driver's part."""
     with arena(1) as memory:
-        reply = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=64, data_uptr=memory.address)
-        return reply, memory.read(memory.address, reply.data_len)
+        reply = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=VTD_SIZE, data_uptr=memory.address)
+        return reply, iommu_hw_info_vtd.from_buffer_copy(memory.read(memory.address, VTD_SIZE))
 
 
 @pytest.mark.needs("vtd")
@@ -256,9 +256,9 @@ def test_hw_info_tells_of_vtd(device: VfioDevice, iommu: File, layout: Layout) -
 @pytest.mark.needs("vtd")
 def test_hw_info_registers_are_those_of_the_unit(kernel: Backend, device: VfioDevice, iommu: File) -> None:
     """As sysfs shows them; every unit of the suite has 3 levels or more and queued invalidation."""
-    reply, data = hw_info(iommu, device)
-    info = iommu_hw_info_vtd.from_buffer_copy(data)
-    shown = [int(sysfs(kernel, f"/sys/class/iommu/dmar0/intel-iommu/{name}"), 16) for name in ("cap", "ecap")]
+    reply, info = hw_info(iommu, device)
+    plain = getattr(kernel, "inner", kernel)  # older recorded runs do not have these
+    shown = [int(sysfs(plain, f"/sys/class/iommu/dmar0/intel-iommu/{name}"), 16) for name in ("cap", "ecap")]
     assert (reply.data_len, [info.cap_reg, info.ecap_reg]) == (VTD_SIZE, shown)
     assert info.cap_reg >> 8 & 0b1110
     assert info.ecap_reg & 1 << 1
@@ -269,13 +269,14 @@ def test_hw_info_without_room_tells_the_length(device: VfioDevice, iommu: File) 
     assert reply.data_len == SIZES[reply.out_data_type]
 
 
-@pytest.mark.parametrize("room", [1, 8, 23, 24, 25, 39, 40, 41, 64])
+@pytest.mark.needs("vtd")
+@pytest.mark.parametrize("room", [1, 8, 23, 24, 25, 64])
 def test_hw_info_fills_the_room_and_zeroes_the_rest(device: VfioDevice, iommu: File, room: int) -> None:
-    whole = hw_info(iommu, device)[1]
+    whole = bytes(hw_info(iommu, device)[1])
     with arena(1) as memory:
         memory.write(memory.address, b"\xa5" * 80)
         reply = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=room, data_uptr=memory.address)
-        assert reply.data_len == len(whole) == SIZES[reply.out_data_type]
+        assert reply.data_len == VTD_SIZE
         assert memory.read(memory.address, 80) == (whole + bytes(80))[:room] + b"\xa5" * (80 - room)
 
 
