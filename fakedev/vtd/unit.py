@@ -7,7 +7,7 @@ nothing else; in legacy mode it caches context entries by request id, and transl
 caching mode (CM) it caches what was not present, too, so that a driver which forgets to invalidate after mapping is
 found out. How much it caches is `caching`.
 
-Left out: zero-length reads.
+Left out: zero-length reads. It is a long file because registers, caches and legacy mode read and change one state.
 """
 
 from __future__ import annotations
