@@ -30,7 +30,7 @@ from iommulab.kernel_images import Image, find_image
 from iommulab.measure import AREA_COUNTS, Figures
 from iommulab.measure.client import client_figures
 from iommulab.measure.dma import dma_figures, memmove_figures
-from iommulab.measure.units import LOOKUP, lookup_figure, unit_figures
+from iommulab.measure.units import unit_figures
 from iommulab.terminal import console
 from kernel_model.kernel import Kernel
 from uapi.backend import DEV_IOMMU
@@ -174,10 +174,9 @@ def _dma_rows(seconds: float, say: Console) -> Iterator[Row]:
 def _unit_rows(seconds: float, say: Console) -> Iterator[Row]:
     """Each unit and kind of tables: translations, DMA, tables, invalidations; each beside the limit that it names."""
     say.print("measuring the IOMMUs")
-    limits = {LOOKUP: lookup_figure(seconds), **dict(memmove_figures(seconds))}
     for figure in unit_figures(seconds):
         say.print(f"  {figure.name}: {figure.microseconds:.2f} µs", highlight=False)
-        yield Row(figure.name, figure.microseconds, limits[figure.peer], figure.budget)
+        yield Row(figure.name, figure.microseconds, figure.limit, figure.budget)
 
 
 def _print(rows: list[Row], compared: bool, place: str) -> None:
