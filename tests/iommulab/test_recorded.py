@@ -1,8 +1,8 @@
 """The models of other releases and machines than the usual one, held to the recorded runs of their real kernels.
 
-`make conformance` and `iommulab compare` do this for the newest release behind VT-d, whole. Here it is a slice: for
-each recorded run of an older release the areas whose tests know of releases, for the newest on arm64 those in which
-SMMUv3 shows. `-m soak` runs the suite whole.
+`make conformance` and `iommulab compare` do this for the newest release behind VT-d in legacy mode, whole. Here it is
+a slice: for each recorded run of an older release the areas whose tests know of releases; for the newest on arm64 those
+in which SMMUv3 shows, behind VT-d in scalable mode those that speak of the unit. `-m soak` runs the suite whole.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ ARM64_SLICE = (
     *("smmuv3_hw_info", "smmuv3_nested", "smmuv3_viommu", "smmuv3_veventq", "smmu_faults", "ioas_reserved"),
     *("hwpt_alloc", "vfio_msi", "vfio_compat_device", "vfio_walks"),
 )
+#: Runs of the newest release on VT-d units in scalable mode, and areas that are quick and speak of the unit.
+SCALABLE = [name for name in RUNS if "-q35-vtd" in name]
+UNIT_SLICE = ("vtd_stages", "ioas_reserved", "vfio_iommufd", "vfio_pasid", "vfio_hwpt", "vfio_walks")
 
 
 def differing(name: str, directory: Path, areas: tuple[str, ...]) -> list[str]:
@@ -47,7 +50,7 @@ def test_an_older_release_is_recorded_with_and_without_an_iommu() -> None:
     assert {load(f"recorded:{name}").machine for name in OLDER} == {"q35-vtd-legacy", "mock"}
 
 
-@pytest.mark.parametrize("name", [*OLDER, ARM64])
+@pytest.mark.parametrize("name", [*OLDER, ARM64, *SCALABLE])
 def test_recorded_kernel_passes_every_test_that_it_runs(name: str) -> None:
     assert not load(f"recorded:{name}").failed
 
@@ -60,6 +63,15 @@ def test_model_of_an_older_release_does_what_the_recorded_kernel_did(name: str, 
 def test_model_behind_smmuv3_does_what_the_recorded_arm64_kernel_did(tmp_path: Path) -> None:
     assert load(f"recorded:{ARM64}").machine == "virt-smmuv3"
     assert not differing(ARM64, tmp_path, ARM64_SLICE)
+
+
+@pytest.mark.parametrize("name", SCALABLE)
+def test_model_with_a_unit_in_scalable_mode_does_what_the_recorded_kernel_did(name: str, tmp_path: Path) -> None:
+    assert not differing(name, tmp_path, UNIT_SLICE)
+
+
+def test_both_stages_of_vtd_are_recorded() -> None:
+    assert {load(f"recorded:{name}").machine for name in SCALABLE} == {"q35-vtd", "q35-vtd-fs"}
 
 
 @pytest.mark.soak
