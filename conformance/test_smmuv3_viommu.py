@@ -471,6 +471,24 @@ def test_attachment_takes_the_doorbells_window_out_of_the_parent_s_ioas(guest: G
     assert iova_ranges(iommu, guest.ioas) == [(start, last)]
 
 
+def test_a_refused_replacement_in_one_ioas_gives_the_window_back(guest: Guest, iommu: File) -> None:
+    """Though the device stays where it was. Nor does a replacement that succeeds take it out again: only another
+    attachment does."""
+    vdevice = guest.vdevice(7)
+    first, second, bypass = guest.nested(), guest.nested(), guest.nested((V | BYPASS, 0))
+    ((start, last),) = iova_ranges(iommu, guest.ioas)
+    guest.device.attach(first)
+    destroy(iommu, vdevice)
+    with fails(errno.ENOENT):
+        guest.device.attach(second)
+    assert iova_ranges(iommu, guest.ioas) == [(start, last)]
+    guest.device.attach(bypass)
+    assert iova_ranges(iommu, guest.ioas) == [(start, last)]
+    guest.device.detach()
+    guest.device.attach(bypass)
+    assert iova_ranges(iommu, guest.ioas) == [(start, SW_MSI - 1), (SW_MSI + SW_MSI_LENGTH, last)]
+
+
 def test_memory_in_the_doorbells_window_keeps_the_device_out(guest: Guest, iommu: File) -> None:
     """Said before the vDEVICE is missed."""
     map_user(iommu, guest.ioas, guest.ram.address, PAGE, iova=SW_MSI + SW_MSI_LENGTH - PAGE)
