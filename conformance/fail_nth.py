@@ -75,6 +75,8 @@ LEFT = {
         "struct qi_batch",
         "struct iommu_fault_param",
         "a table or queue",
+        "struct arm_smmu_vmaster",
+        "struct arm_smmu_master_domain",
     ),
 }
 
