@@ -60,6 +60,7 @@ TURNED = ("iopt_table_enforce_dev_resv_regions()",)
 #: cannot be attached anew loses its reserved regions, which the kernel takes from the target even if that is the IOAS
 #: it is in; Intel's driver has blocked it before it looks for memory, and the core does not move it back. Of the two
 #: cuts that an unmap in the VFIO manner makes, the first stays.
+#: An interrupt translation service never gives back the events of a vector that finds no memory for its doorbell.
 #: A page request or an event that finds no memory is lost, which the call that triggers it does not tell, or tells and
 #: counts the event all the same. The mock driver's PASID 1024, which fails every second time, counts calls that fail.
 LEFT = {
@@ -68,6 +69,7 @@ LEFT = {
     "IOMMU_TEST_OP_PASID_ATTACH": ("struct iommu_fault_param",),
     "IOMMU_TEST_OP_PASID_REPLACE": ("struct iommu_fault_param",),
     "VFIO_IOMMU_UNMAP_DMA": ("struct iopt_area on the left", "struct iopt_area on the right"),
+    "VFIO_DEVICE_SET_IRQS": ("struct iommufd_sw_msi_map", "a table or queue"),
     "VFIO_DEVICE_ATTACH_IOMMUFD_PT again": (
         "struct iommufd_attach_handle",
         "struct iommu_domain_info",
