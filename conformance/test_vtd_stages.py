@@ -92,6 +92,7 @@ def test_a_page_of_two_mebibytes_is_reached_at_both_ends(
     area.close()
 
 
+@pytest.mark.since("6.15")  # the HWPT's flag
 def test_a_unit_counts_a_domain_while_a_device_is_attached_to_it(
     kernel: Backend, edu: Edu, iommu: File, ioas: int
 ) -> None:
