@@ -248,6 +248,12 @@ DEPARTURES = [
     ),
     Departure(
         "smmuv3",
+        "5.2 S1CDMax",
+        "without substreams (IDR1.SSIDSIZE = 0) the field means nothing",
+        "makes it C_BAD_STE",
+    ),
+    Departure(
+        "smmuv3",
         "3.4",
         "an address beyond the output address size without a stage 1 is F_ADDR_SIZE",
         "is silent",
