@@ -112,6 +112,8 @@ class Kernel:
         self.mock_iommu: MockIommu
         #: Contexts of /dev/iommu that are alive.
         self.contexts: set[Context] = set()
+        #: Closed ones that still have objects, which other lost ones hold: their pages stay pinned for ever.
+        self.lost_contexts: list[Context] = []
         self.faults = FaultInjection(self)
         #: The same while a failure is awaited, else None: what each call looks at.
         self.failing: FaultInjection | None = None

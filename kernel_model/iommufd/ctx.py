@@ -80,6 +80,8 @@ class Context(FileDescription):
             self.objects.release_all()
             self.published.close()
             self.kernel.contexts.discard(self)
+            if any(self.objects.each(Object)):
+                self.kernel.lost_contexts.append(self)
 
     def release(self) -> None:
         self.put()

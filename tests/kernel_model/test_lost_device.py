@@ -5,9 +5,9 @@ import errno
 
 import pytest
 
-from conformance.mock import MockDevice, mock_domain
+from conformance.mock import MockDevice, check_refs, mock_domain
 from conformance.pasids import pasid_attach, ready
-from conformance.steps import destroy, fails, ioas_alloc
+from conformance.steps import PAGE, destroy, fails, ioas_alloc, map_user
 from kernel_model.kernel import Kernel
 
 P = 5
@@ -40,3 +40,18 @@ def test_close_with_a_pasid_attached_ends_and_the_next_context_is_sound(kernel):
     assert not kernel.contexts
     with kernel.open("/dev/iommu") as iommu:
         assert mock_domain(iommu, ioas_alloc(iommu)) == MockDevice(2, 4, 3)
+
+
+def test_pages_in_what_a_lost_device_holds_stay_pinned_after_the_close(kernel):
+    """As on a real 7.3.4, found by a random program; without the PASID nothing is lost and nothing stays."""
+    memory = kernel.buffer(2 * PAGE)
+    for number, attached in enumerate((False, True)):
+        address = memory.address + number * PAGE
+        with kernel.open("/dev/iommu") as iommu:
+            dev, (own,) = ready(iommu)
+            map_user(iommu, dev.ioas, address, PAGE)
+            if attached:
+                pasid_attach(iommu, dev.stdev, P, own)
+            check_refs(iommu, address, PAGE, 1)
+        with kernel.open("/dev/iommu") as iommu:
+            check_refs(iommu, address, PAGE, number)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 
 from fakedev.vtd import entries
-from kernel_model.errors import KernelError
+from kernel_model.errors import KernelBug, KernelError
 from kernel_model.iommu.core import IOMMU_DOMAIN_BLOCKED, IOMMU_DOMAIN_IDENTITY, IOMMU_NO_PASID, Device, Domain
 from kernel_model.iommu.intel import pasid as pasid_entries
 from kernel_model.iommu.intel.context import context_clear, context_set
@@ -50,7 +50,7 @@ class PasidUser(Domain):
 
     def remove_dev_pasid(self, device: Device, pasid: int) -> None:
         """A PASID of the device is no longer in the domain."""
-        raise NotImplementedError
+        raise KernelBug(f"{type(self).__name__} keeps no account of PASIDs")
 
 
 class BlockedDomain(Domain):

@@ -76,7 +76,7 @@ def _md_check_refs(ucmd: TestCommand) -> None:
         raise KernelError(errno.EINVAL, f"{address:#x} and {length:#x} are not whole pages")
     pinned = [
         run
-        for context in ucmd.ctx.kernel.contexts
+        for context in (*ucmd.ctx.kernel.contexts, *ucmd.ctx.kernel.lost_contexts)
         for pages in {area.pages for ioas in context.objects.each(Ioas) for area in ioas.iopt.areas.values()}
         for run in pages.pinned_runs
     ]

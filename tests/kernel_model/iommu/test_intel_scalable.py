@@ -1,4 +1,7 @@
-"""The VT-d driver in scalable mode: the words of its tables, and the order of its stores and invalidations."""
+"""The VT-d driver in scalable mode: the words of its tables, and the order of its stores and invalidations.
+
+One long file: every test observes the same unit on one bench, through the helpers below.
+"""
 
 from types import SimpleNamespace
 
