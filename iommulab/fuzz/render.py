@@ -57,7 +57,7 @@ def _region(name: str) -> list[str]:
         ]
     if name in ("hole", "gap"):
         return [f"{name} = {REGIONS[name][0]:#x}  # nothing is mapped here"]
-    lines = [f"{name} = kernel.buffer({size}).address"]
+    lines = [f"keep.append(kernel.buffer({size}))", f"{name} = keep[-1].address"]
     if name in ("ro", "none"):
         lines.append(f"ctypes.memset({name}, 1, {size})")
         lines.append(f"ctypes.CDLL(None).mprotect(ctypes.c_void_p({name}), {size}, {int(name == 'ro')})")
