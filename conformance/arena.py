@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from uapi.backend import MAP_PRIVATE, PROT_NONE, PROT_READ, PROT_WRITE
 
 PAGE = 4096
-_MAP_ANONYMOUS = 0x20
+_MAP_FIXED, _MAP_ANONYMOUS = 0x10, 0x20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -51,6 +51,12 @@ class Arena:
         """Leave a hole where the page was."""
         self._mapped.remove(index)
         _libc.munmap(self.page(index), PAGE)
+
+    def renew(self, index: int) -> None:
+        """Put a fresh page in its place."""
+        prot, flags = PROT_READ | PROT_WRITE, MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_FIXED
+        if _libc.mmap(self.page(index), PAGE, prot, flags, -1, 0) != self.page(index):
+            raise OSError(ctypes.get_errno(), "mmap")
 
     @staticmethod
     def write(address: int, data: bytes | ctypes.Structure) -> None:

@@ -613,6 +613,57 @@ def test_plain_copy_reads_read_only_memory_through_a_writable_mapping(
             access_rw(iommu, fd, START, 4, other.address, RW_WRITE)
 
 
+@pytest.mark.parametrize("pinned", [False, True], ids=["unpinned", "pinned"])
+def test_slow_copy_of_one_page_asks_for_no_more_than_it_does(
+    iommu: File, ioas: int, accesses: Accesses, other: Buffer, pinned: bool
+) -> None:
+    with arena(2) as memory:
+        Arena.write(memory.page(0), b"abcd")
+        map_user(iommu, ioas, memory.page(0), 2 * PAGE, iova=START)
+        fd = accesses(ioas)
+        if pinned:
+            access_pages(iommu, fd, START, PAGE, memory.page(0))
+        memory.read_only(0)
+        access_rw(iommu, fd, START, 4, other.address, SLOW)
+        assert bytes(other.view[:4]) == b"abcd"
+        with fails(errno.EFAULT):
+            access_rw(iommu, fd, START, 4, other.address, RW_WRITE | SLOW)
+        memory.no_access(0)
+        with fails(errno.EFAULT):
+            access_rw(iommu, fd, START, 4, other.address, SLOW)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_slow_read_of_two_pages_asks_for_what_the_mapping_may_do(
+    iommu: File, ioas: int, accesses: Accesses, other: Buffer, index: int
+) -> None:
+    with arena(2) as memory:
+        map_user(iommu, ioas, memory.page(0), 2 * PAGE, iova=START)
+        map_user(iommu, ioas, memory.page(0), 2 * PAGE, iova=START + 4 * PAGE, prot=READ)
+        memory.read_only(index)
+        fd = accesses(ioas, pin=False)
+        with fails(errno.EFAULT):
+            access_rw(iommu, fd, START + PAGE - 4, 8, other.address, SLOW)
+        access_rw(iommu, fd, START + 5 * PAGE - 4, 8, other.address, SLOW)
+
+
+def test_slow_copy_of_one_page_finds_what_is_mapped_now(
+    iommu: File, ioas: int, accesses: Accesses, other: Buffer
+) -> None:
+    with arena(1) as memory:
+        Arena.write(memory.page(0), b"old!")
+        map_user(iommu, ioas, memory.page(0), PAGE, iova=START)
+        fd = accesses(ioas)
+        access_pages(iommu, fd, START, PAGE, memory.page(0))
+        memory.renew(0)
+        Arena.write(memory.page(0), b"new!")
+        access_rw(iommu, fd, START, 4, other.address, SLOW)
+        assert bytes(other.view[:4]) == b"new!"
+        memory.unmap(0)
+        with fails(errno.EFAULT):
+            access_rw(iommu, fd, START, 4, other.address, SLOW)
+
+
 def test_copy_leaves_no_pin(iommu: File, ioas: int, accesses: Accesses, buffer: Buffer, other: Buffer) -> None:
     map_user(iommu, ioas, buffer.address, 2 * PAGE, iova=START)
     fd = accesses(ioas)

@@ -168,21 +168,47 @@ def _unpin(ioas: Ioas, iova: int, last: int) -> None:
 
 
 def _rw(call: SystemCall, pages: Pages, start: int, length: int, data: bytes | None, slow: bool) -> bytes:
-    """iopt_pages_rw_access(): a plain copy in the mapping process, else through the pages."""
-    if isinstance(pages, UserPages) and not slow and pages.process is call.process:
-        address = pages.uptr + start
-        if injecting:
-            usercopy("a copy to or from the mapped memory")
-        if data is None:
-            return bytes(pages.process.mm.read(address, length))
-        pages.process.mm.write(address, data)
-        return b""
+    """iopt_pages_rw_access(): a plain copy in the mapping process, else by one page or through the pages' pins."""
+    if isinstance(pages, UserPages):
+        if not slow and pages.process is call.process:
+            if injecting:
+                usercopy("a copy to or from the mapped memory")
+            return _copy(pages, start, length, data)
+        if start >> PAGE_SHIFT == (start + length - 1) >> PAGE_SHIFT and pages.process.mm.alive:
+            return _rw_page(pages, start, length, data)
+    return _rw_slow(pages, start, length, data)
+
+
+def _copy(pages: UserPages, start: int, length: int, data: bytes | None) -> bytes:
+    mm = pages.process.mm
+    if data is None:
+        return bytes(mm.read(pages.uptr + start, length))
+    mm.write(pages.uptr + start, data)
+    return b""
+
+
+def _rw_page(pages: UserPages, start: int, length: int, data: bytes | None) -> bytes:
+    """iopt_pages_rw_page(): the page that is at the address now, whatever is pinned, for no more than this copy does.
+
+    A read asks for no writing though the mapping is writable, and a file that needs write-back is allowed; both are so
+    of process_vm_readv(2) too, which `Mm` copies with.
+    """
     if injecting:
-        _slow_can_fail(pages, start >> PAGE_SHIFT, (start + length - 1) >> PAGE_SHIFT)
+        iommufd_should_fail(errno.EINVAL, "iopt_pages_rw_page()")
+    if pages.kernel.maps_device(pages.process, pages.uptr + start, length):
+        raise KernelError(errno.EFAULT, f"{pages.uptr + start:#x} maps device memory")
+    return _copy(pages, start, length, data)
+
+
+def _rw_slow(pages: Pages, start: int, length: int, data: bytes | None) -> bytes:
+    """iopt_pages_rw_slow(): pinned pages where they are, the others as a pin for the whole mapping would find them."""
+    first, last = start >> PAGE_SHIFT, (start + length - 1) >> PAGE_SHIFT
+    if injecting:
+        pages.reader_can_fail(first, last)
     memory = pages.kernel.memory
     parts: list[bytes] = []
     offset, done = start & PAGE_MASK, 0
-    with pages.borrowed(start >> PAGE_SHIFT, (start + length - 1) >> PAGE_SHIFT) as runs:
+    with pages.borrowed(first, last) as runs:
         try:
             for pa, npages in runs:
                 size = min((npages << PAGE_SHIFT) - offset, length - done)
@@ -195,14 +221,6 @@ def _rw(call: SystemCall, pages: Pages, start: int, length: int, data: bytes | N
         except BusAbort as abort:  # memory that a real pin would have kept
             raise KernelError(errno.EFAULT, "the memory has gone") from abort
     return b"".join(parts)
-
-
-def _slow_can_fail(pages: Pages, first: int, last: int) -> None:
-    """Where iopt_pages_rw_page(), for one page of a process, and iopt_pages_rw_slow() offer to fail."""
-    if first == last and isinstance(pages, UserPages):
-        iommufd_should_fail(errno.EINVAL, "iopt_pages_rw_page()")
-    else:
-        pages.reader_can_fail(first, last)
 
 
 def access_create(ctx: Context, needs_pin_pages: bool, unmap: Unmap) -> Access:
