@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 
 from iommulab.errors import UserError
+from iommulab.session import Stopped, signals_unwind
 
 #: Each command's module, in the order of the help.
 COMMANDS = {
@@ -38,12 +39,16 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command: 0, 1 where it found something wrong, 2 where it could not do what was asked."""
+    """Run one command: 0, 1 where it found something wrong, 2 where it could not do what was asked.
+
+    128 and the signal's number where Ctrl-C, SIGTERM or SIGHUP ended it.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     args = parser(given[0] if given else None).parse_args(given)
     try:
-        status: int = args.run(args)
-        return status
+        with signals_unwind():
+            status: int = args.run(args)
+            return status
     except UserError as error:
         print(f"iommulab: {error}", file=sys.stderr)
         return 2
@@ -51,6 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
         # The reader (head, less) has gone; nothing more can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Stopped as stopped:
+        print(f"iommulab: stopped by {stopped}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print("iommulab: interrupted", file=sys.stderr)
         return 130

@@ -7,8 +7,6 @@ said so, or a test stays silent past its limit, the tests that were running get 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from iommulab.errors import UserError
 from iommulab.progress import SuiteProgress
 from iommulab.results import Results, Test
 from iommulab.selection import NOTHING, USAGE, complaint
+from iommulab.session import kill
 
 POLL = 0.05
 #: A process that dies this often before any test ends is given up.
@@ -31,7 +30,7 @@ class Launch(Protocol):
     """How to start the tests once."""
 
     def start(self, events: Path, only: Path | None, attempt: int) -> subprocess.Popen[bytes]:
-        """Start the test process in a session of its own."""
+        """Start the test process in a session of its own (`iommulab.session`)."""
 
     def obituary(self, status: int | None, attempt: int) -> str:
         """Why the process of this attempt ended, in one clause. `status` is None where it was killed for a hang."""
@@ -215,22 +214,6 @@ class Follower:
         for test_id in self._order:
             if test_id not in self._known:
                 self._finish(Test(test_id, "failed", "not run: the run ended without it"))
-
-
-def kill(process: subprocess.Popen[Any]) -> None:
-    """End the process and everything it started (it leads its session)."""
-    for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
-        if number == signal.SIGTERM:
-            time.sleep(POLL)
-    process.wait()
 
 
 def tail(path: Path, lines: int = 20) -> str:

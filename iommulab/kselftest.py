@@ -23,7 +23,6 @@ from pathlib import Path
 from rich.table import Table
 
 from iommulab.errors import UserError
-from iommulab.follow import kill
 from iommulab.guest import make_guest
 from iommulab.kernel_build import check_tree
 from iommulab.kernel_images import cache, find_image
@@ -31,6 +30,7 @@ from iommulab.make import run_make
 from iommulab.progress import SuiteProgress
 from iommulab.reports import write_all
 from iommulab.results import Results, Test, load
+from iommulab.session import Session, kill
 from iommulab.terminal import console
 from uapi.version import NEWEST
 
@@ -159,14 +159,13 @@ def _on_linux(args: argparse.Namespace, programs: list[Path], results: Results, 
 def _here(launch: list[str], programs: list[Path], progress: SuiteProgress) -> Runs:
     for path in programs:
         progress.status(path.name)
-        with subprocess.Popen(
+        with Session(
             [*launch, str(path)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,
         ) as process:
             assert process.stdout is not None
             try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from iommulab.errors import UserError
+from iommulab.session import Session, kill
 
 #: A line of kbuild's own: the step, then the file.
 _STEP = re.compile(r"  ([A-Z][A-Z0-9_.-]+) +(\S+)")
@@ -26,7 +27,7 @@ def run_make(command: Sequence[str], log: Path, console: Console, what: str) -> 
     with (
         log.open("a") as file,
         console.status(what) as status,
-        subprocess.Popen(
+        Session(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -37,16 +38,20 @@ def run_make(command: Sequence[str], log: Path, console: Console, what: str) -> 
         ) as process,
     ):
         assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            if found := _STEP.match(line):
-                steps += 1
-                now = time.monotonic()
-                if console.is_terminal:
-                    status.update(f"{what}: {steps} steps, {now - started:.0f} s, {found.group(2)}")
-                elif now - said > PLAIN_EVERY:
-                    said = now
-                    console.print(f"{what}: {steps} steps, {now - started:.0f} s", highlight=False)
+        try:
+            for line in process.stdout:
+                file.write(line)
+                if found := _STEP.match(line):
+                    steps += 1
+                    now = time.monotonic()
+                    if console.is_terminal:
+                        status.update(f"{what}: {steps} steps, {now - started:.0f} s, {found.group(2)}")
+                    elif now - said > PLAIN_EVERY:
+                        said = now
+                        console.print(f"{what}: {steps} steps, {now - started:.0f} s", highlight=False)
+            process.wait()
+        finally:
+            kill(process)
     if process.returncode != 0:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if "error" in line.lower() or "***" in line] or lines[-1:]

@@ -26,6 +26,7 @@ from iommulab.progress import SuiteProgress
 from iommulab.reports import write_all
 from iommulab.results import SUITE, Results, Test
 from iommulab.selection import LINUX, check_selection, pytest_command, pytest_environment, select_tests
+from iommulab.session import Session
 from iommulab.terminal import console as make_console
 from iommulab.vm import VmLaunch
 from uapi.backend import DEV_IOMMU
@@ -55,12 +56,11 @@ class HostLaunch:
             arguments += [f"--only={only}"]
         arguments += ["-p", "xdist", "-n", str(self._workers)] if self._workers > 1 else []
         with self._log(attempt).open("wb") as log:
-            return subprocess.Popen(
+            return Session(
                 pytest_command(arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
                 env=pytest_environment(),
                 cwd=SUITE.parent,
             )

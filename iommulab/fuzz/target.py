@@ -8,6 +8,7 @@ one.
 
 from __future__ import annotations
 
+import contextlib
 import marshal
 import os
 import re
@@ -24,10 +25,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from iommulab.errors import UserError
-from iommulab.follow import kill, tail
+from iommulab.follow import tail
 from iommulab.fuzz.executor import Step
 from iommulab.guest import Guest
 from iommulab.results import SUITE
+from iommulab.session import Session, kill
 
 WINDOW = 48
 #: Seconds for one program, and for a guest to boot.
@@ -80,13 +82,12 @@ class LinuxStream:
         self._log = directory / "executor.log"
         environment = os.environ | {"PYTHONPATH": str(SUITE.parent), "PYTHONDONTWRITEBYTECODE": "1"}
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
+            self.process = Session(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=environment,
-                start_new_session=True,
             )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -97,10 +98,9 @@ class LinuxStream:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            kill(self.process)
+        kill(self.process)
         self.process.stdout.close()
 
     def obituary(self) -> str:

@@ -21,6 +21,7 @@ from iommulab.guest.initramfs import Archive, entries
 from iommulab.guest.machines import GuestMachine
 from iommulab.kernel_images import Image
 from iommulab.results import SUITE
+from iommulab.session import Session
 
 ROOT = "IOMMULAB_ROOT"
 #: Looked for beside the image where no root is named.
@@ -109,9 +110,7 @@ class Arm64Guest(Guest):
         ]
         run += shlex.split(f"{self._options} {events_port(events)} {port('output', output, OUTPUT)} {more_options}")
         with output.with_suffix(".qemu").open("wb") as log:
-            return subprocess.Popen(
-                run, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            return Session(run, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
     def _write_archive(self, root: Path) -> None:
         with self._archive.open("wb") as file:

@@ -13,11 +13,12 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from iommulab.errors import UserError
-from iommulab.follow import kill, tail
+from iommulab.follow import tail
 from iommulab.guest.machines import GuestMachine
 from iommulab.guest.qemu import find_qemu, kvm_problem, missing, scalable_property
 from iommulab.kernel_images import Image
 from iommulab.results import SUITE
+from iommulab.session import kill
 
 EVENTS = "iommulab.events"
 MEMORY = "2G"

@@ -13,8 +13,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from iommulab.follow import kill, tail
+from iommulab.follow import tail
 from iommulab.kernel_images import Image
+from iommulab.session import Session, kill
 
 #: Seconds in which a kernel that really runs has printed its first lines.
 PROBE_SECONDS = 10.0
@@ -92,9 +93,7 @@ def kvm_problem(qemu: Qemu, image: Image | None) -> str | None:
         command += ["-display", "none", "-nodefaults", "-no-reboot", "-serial", f"file:{console}"]
         command += ["-kernel", str(image.path), "-append", f"{names.console} panic=-1"]
         with (Path(scratch) / "qemu").open("wb") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            process = Session(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         try:
             deadline = time.monotonic() + PROBE_SECONDS
             while time.monotonic() < deadline:

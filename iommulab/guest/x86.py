@@ -19,6 +19,7 @@ from iommulab.errors import UserError
 from iommulab.guest.base import MEMORY, Guest, events_port
 from iommulab.guest.machines import GuestMachine
 from iommulab.kernel_images import Image
+from iommulab.session import Session
 
 
 @contextlib.contextmanager
@@ -76,12 +77,11 @@ class X86Guest(Guest):
         # vng has QEMU open the guest's streams by name, each with an offset of its own, so they must be pipes. Its
         # --verbose sends the console to stderr.
         with collect(output) as stdout, collect(console) as stderr:
-            return subprocess.Popen(
+            return Session(
                 boot,
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
-                start_new_session=True,
                 env=environment,
                 cwd=self._directory,
             )
