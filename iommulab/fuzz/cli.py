@@ -15,8 +15,8 @@ from rich.console import Console
 
 from iommulab.errors import UserError
 from iommulab.fuzz.compare import outcome
-from iommulab.fuzz.generator import generate
 from iommulab.fuzz.hunt import Finding, Hunt, HuntProgress, Run, check
+from iommulab.fuzz.machines import GENERATORS
 from iommulab.fuzz.model import Broken, ModelSide
 from iommulab.fuzz.program import compile_program
 from iommulab.fuzz.render import as_python
@@ -32,8 +32,9 @@ from uapi.version import NEWEST, parse
 
 #: Answers of a real kernel that come with the project.
 RECORDED = SUITE.parent / "tests" / "vectors"
-#: What --against vm boots on. Mock drivers of older releases have no devices where the machine has an IOMMU.
-MACHINE = "q35-noiommu"
+#: What --against vm boots on for the mock machine. Mock drivers of older releases have no devices where the machine has
+#: an IOMMU.
+MOCK_GUEST = "q35-noiommu"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,6 +46,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         choices=("vm", "linux", "recorded"),
         required=True,
         help="a kernel in a guest, this machine's own, or recorded answers of one",
+    )
+    parser.add_argument(
+        "--machine",
+        choices=tuple(GENERATORS),
+        default="mock",
+        help="whose devices programs use: the mock driver's, or edu behind this machine's IOMMU (default: mock)",
     )
     parser.add_argument("--programs", type=_count, default=1000, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("--calls", type=_count, default=30, metavar="N", help="calls of a program (default: 30)")
@@ -60,6 +67,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--kernel", metavar="VERSION", help="the cached image that --against vm boots")
     parser.add_argument("--kernel-image", type=Path, metavar="PATH", help="the image that --against vm boots")
+    parser.add_argument("--root", type=Path, metavar="PATH", help="an arm64 guest's root file system")
     parser.add_argument("--model", metavar="VERSION", help="the model's release (default: the real kernel's)")
     parser.add_argument(
         "vectors", nargs="*", type=Path, metavar="FILE", help="recorded answers (default: the project's)"
@@ -104,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         guest = None
         if args.against == "vm":
             image = find_image(args.kernel_image, args.kernel)
-            guest = make_guest(image, MACHINE, directory)
+            guest = make_guest(image, MOCK_GUEST if args.machine == "mock" else args.machine, directory, args.root)
             problem = guest.probe_kvm()
             if problem is not None:
                 console.print(f"vm: KVM is not used: {problem}; emulating (TCG)", markup=False, highlight=False)
@@ -124,29 +132,33 @@ def model_release(release: str) -> str:
 
 
 def _live(console: Console, args: argparse.Namespace, target: Target) -> int:
+    on = "" if args.machine == "mock" else f", {args.machine}"
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 32)
     version = args.model or model_release(target.release)
     numbers = range(args.program, args.program + 1) if args.program is not None else range(args.programs)
     console.print(
-        f"{target.release} against the model of {version}: seed {seed}, {len(numbers)} programs of {args.calls} calls",
+        f"{target.release} against the model of {version}{on}: "
+        f"seed {seed}, {len(numbers)} programs of {args.calls} calls",
         markup=False,
         highlight=False,
     )
     try:
-        model = ModelSide(version)
+        model = ModelSide(version, args.machine)
     except ValueError as error:
         raise UserError(str(error)) from error
     began = time.monotonic()
     with model:
         hunt = Hunt(console, args, target, model, seed)
         hunt.need_mock_driver()
+        if args.machine != "mock":
+            hunt.need_device()
         with HuntProgress(console, "fuzz", len(numbers)) as meter:
             found = hunt.run(numbers, meter)
         if args.program is not None:
             _show_program(console, hunt, args.program)
         _report(console, hunt, found, args.show, args)
         if args.record is not None:
-            written = Vectors(target.release, seed, hunt.kept).save(args.record)
+            written = Vectors(target.release, seed, hunt.kept, args.machine).save(args.record)
             console.print("written: " + ", ".join(map(str, written)), markup=False, highlight=False)
     target.stop()
     if hunt.excused:
@@ -169,7 +181,7 @@ def _live(console: Console, args: argparse.Namespace, target: Target) -> int:
 
 
 def _show_program(console: Console, hunt: Hunt, number: int) -> None:
-    program = generate(hunt.seed, number, hunt.calls, hunt.dmabuf)
+    program = hunt.generate(number)
     compiled = compile_program(program)
     ours = hunt.model.run(program, compiled)
     if isinstance(ours, Broken):
@@ -192,6 +204,7 @@ def _report(console: Console, hunt: Hunt, found: Run, most: int, args: argparse.
         told = hunt.ask(small)
         console.rule(f"{len(findings)} programs: {finding.signature}")
         options = f"--against {args.against}" + (f" --kernel-image {args.kernel_image}" if args.kernel_image else "")
+        options += f" --machine {args.machine}" if args.machine != "mock" else ""
         calls = (f" --calls {hunt.calls}" if hunt.calls != 30 else "") + (" --dmabuf" if hunt.dmabuf else "")
         console.print(
             f"first: iommulab fuzz {options} --seed {hunt.seed} --program {finding.number}{calls}",
@@ -208,7 +221,7 @@ def _report(console: Console, hunt: Hunt, found: Run, most: int, args: argparse.
                 markup=False,
                 highlight=False,
             )
-        console.print(as_python(small), markup=False, highlight=False)
+        console.print(as_python(small, args.machine), markup=False, highlight=False)
     for findings in order[most:]:
         console.print(
             f"{len(findings)} programs: {findings[0].signature} (program {findings[0].number})",
@@ -225,7 +238,7 @@ def _recorded(console: Console, args: argparse.Namespace) -> int:
     began = time.monotonic()
     for path in paths:
         vectors = load(path)
-        with ModelSide(args.model or model_release(vectors.release)) as model:
+        with ModelSide(args.model or model_release(vectors.release), vectors.machine) as model:
             for number, program, answer in vectors.items:
                 done += 1
                 told = check(model, program, answer)
@@ -233,7 +246,7 @@ def _recorded(console: Console, args: argparse.Namespace) -> int:
                     console.rule(f"{os.path.basename(path)}, program {number}")
                     for difference in told[:6]:
                         console.print(f"  {difference}", markup=False, highlight=False)
-                    console.print(as_python(program), markup=False, highlight=False)
+                    console.print(as_python(program, vectors.machine), markup=False, highlight=False)
                 differ += bool(told)
     console.print(
         f"{done} recorded programs, {differ} differ, {time.monotonic() - began:.0f} s", markup=False, highlight=False

@@ -1,17 +1,20 @@
 """A kernel by descriptors and numbers, as the executor sees it: here the running one; `model.ModelDoor` is the other.
 
-Needs only the standard library and `uapi`.
+Needs only the standard library, `uapi` and the suite's drivers of devices.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import select
 from typing import Protocol
 
-from uapi.backend import DEV_IOMMU
-from uapi.linux import LinuxFile, read_status
+from conformance.drivers.edu import edu_functions
+from conformance.drivers.vfio import node, take
+from uapi.backend import DEV_IOMMU, Backend
+from uapi.linux import LinuxBackend, LinuxFile, read_status
 
 #: What poll asks for.
 POLL_EVENTS = select.POLLIN | select.POLLOUT | select.POLLRDNORM
@@ -22,11 +25,18 @@ class Door(Protocol):
 
     def open(self) -> int: ...
 
+    def open_device(self, number: int) -> int:
+        """The VFIO character device of this edu function; ENODEV where there are fewer."""
+
     def ioctl(self, fd: int, request: int, address: int) -> int: ...
 
     def read(self, fd: int, count: int) -> bytes | int: ...
 
     def write(self, fd: int, data: bytes) -> int: ...
+
+    def pread(self, fd: int, count: int, offset: int) -> bytes | int: ...
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int: ...
 
     def poll(self, fd: int) -> int: ...
 
@@ -50,11 +60,41 @@ class Mapping(Protocol):
     def close(self) -> None: ...
 
 
+class Devices:
+    """The edu functions of a kernel, given to vfio-pci when the first is asked for."""
+
+    def __init__(self, kernel: Backend) -> None:
+        self._kernel = kernel
+        self._nodes: list[str] | None = None
+
+    def open(self, number: int) -> int:
+        """A new descriptor of a function's character device; a negative errno, ENODEV where there is none."""
+        try:
+            if self._nodes is None:
+                addresses = edu_functions(self._kernel)
+                for address in addresses:
+                    take(self._kernel, address)
+                self._nodes = [node(self._kernel, address) for address in addresses]
+            if number >= len(self._nodes):
+                return -errno.ENODEV
+            return self._kernel.open(self._nodes[number]).fileno()
+        except RuntimeError:  # another driver has it
+            return -errno.ENODEV
+        except OSError as error:
+            return -(error.errno or 0)
+
+
 class LinuxDoor:
     """The kernel that runs this process."""
 
+    def __init__(self) -> None:
+        self._devices = Devices(LinuxBackend())
+
     def open(self) -> int:
         return os.open(DEV_IOMMU, os.O_RDWR | os.O_CLOEXEC)
+
+    def open_device(self, number: int) -> int:
+        return self._devices.open(number)
 
     def ioctl(self, fd: int, request: int, address: int) -> int:
         result = int(_libc_ioctl(fd, request, address))
@@ -69,6 +109,18 @@ class LinuxDoor:
     def write(self, fd: int, data: bytes) -> int:
         try:
             return os.write(fd, data)
+        except OSError as error:
+            return -(error.errno or 0)
+
+    def pread(self, fd: int, count: int, offset: int) -> bytes | int:
+        try:
+            return os.pread(fd, count, offset)
+        except OSError as error:
+            return -(error.errno or 0)
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        try:
+            return os.pwrite(fd, data, offset)
         except OSError as error:
             return -(error.errno or 0)
 

@@ -6,14 +6,15 @@ there until the end. An answer is each step's result, the region afterwards, and
 id says, pins and contents of the buffers, pinned memory before and pins after the files close.
 
 A frame with the digest of the answer that is expected gets that digest back, or the whole answer where it differs, so
-little goes over the wire. As a program this serves frames over a descriptor (`serve`). Needs only the standard library
-and `uapi`.
+little goes over the wire. As a program this serves frames over a descriptor (`serve`). Needs only the standard library,
+`uapi` and the suite's drivers of devices.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import marshal
 import os
@@ -23,6 +24,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+from iommulab.fuzz import edu_steps
 from iommulab.fuzz.doors import Door, LinuxDoor, Mapping
 from iommulab.fuzz.memory import FIRST_FD, NULL_FD, PAGE, REGIONS, SYSTEM, WATCHED, WORK, Memory
 from uapi.iommufd import IOMMU_DESTROY
@@ -35,6 +37,9 @@ from uapi.iommufd_test import (
 
 #: Kinds of steps. The result of an FD_IOCTL is a descriptor; DETACH has no result: it frees every device of PASIDs.
 IOCTL, READ, WRITE, CLOSE, POLL, UNMAP, PROTECT, FD_IOCTL, DETACH, MMAP = range(10)
+#: Those of programs with hardware: open a device or an eventfd, an ioctl of a file, its regions, what `edu` does. MAIN
+#: has no result: it says the iommufd's number.
+OPEN, EVENTFD, FILE_IOCTL, PREAD, PWRITE, EDU, MAIN = range(10, 17)
 #: Ids that the final state tries to destroy.
 IDS = 20
 #: A page with more pins than this counts as that.
@@ -68,6 +73,9 @@ class Executor:
         self._opened: list[int] = []
         self._main = -1
         self._mapped: list[Mapping] = []
+        #: Eventfds that the program has made: files of the real kernel on either side.
+        self._plain: set[int] = set()
+        self._linux = LinuxDoor()
         self._used = len(self.memory.work)
 
     def close(self) -> None:
@@ -100,6 +108,7 @@ class Executor:
         slots: list[int] = []
         results: list[int] = []
         moved = False
+        self._plain.clear()
         for step in steps:
             kind = step[0]
             if kind in (IOCTL, FD_IOCTL):
@@ -121,6 +130,14 @@ class Executor:
                 continue
             elif kind == MMAP:
                 result = self._mmap(iommu, *step[1:])
+            elif kind == MAIN:
+                work[step[1] : step[1] + 4] = iommu.to_bytes(4, "little")
+                slots.append(step[1])
+                continue
+            elif kind in (OPEN, EVENTFD):
+                result = self._open(step, opened, slots)
+            elif kind in (FILE_IOCTL, PREAD, PWRITE, EDU):
+                result = self._device_step(step, opened)
             else:
                 result = self._file_step(step, opened, slots)
             results.append(result)
@@ -128,7 +145,7 @@ class Executor:
         for slot in slots:
             work[slot : slot + 4] = b"\1\0\0\0"
         for step in steps if slots else ():
-            if step[0] in (IOCTL, FD_IOCTL):
+            if step[0] in (IOCTL, FD_IOCTL, FILE_IOCTL):
                 for target, source, count in step[4]:
                     if source in slots:
                         work[target : target + count] = b"\1\0\0\0"[:count]
@@ -160,13 +177,59 @@ class Executor:
                 block.id = number
                 self._door.ioctl(iommu, IOMMU_TEST_CMD.number, ctypes.addressof(block))
 
+    def _open(self, step: Step, opened: list[int], slots: list[int]) -> int:
+        """Open a device or an eventfd: 0 or a negative errno."""
+        if step[0] == EVENTFD:
+            fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._plain.add(fd)
+        else:
+            fd = self._door.open_device(step[2])
+        if fd < 0:
+            return fd
+        self.memory.work[step[1] : step[1] + 4] = fd.to_bytes(4, "little")
+        opened.append(fd)
+        slots.append(step[1])
+        return 0
+
+    def _device_step(self, step: Step, opened: list[int]) -> int:
+        """An ioctl of a file that the program opened, or an access to its regions; EBADF where that failed."""
+        work, door, kind, slot = self.memory.work, self._door, step[0], step[1]
+        fd = int.from_bytes(work[slot : slot + 4], "little", signed=True)
+        if fd not in opened:
+            fd = -1
+        for target, source, count in step[4] if kind != PREAD else ():
+            work[target : target + count] = work[source : source + count]
+        if kind == FILE_IOCTL:
+            return (self._linux if fd in self._plain else door).ioctl(fd, step[2], step[3])
+        if fd < 0:
+            return -errno.EBADF
+        if fd in self._plain:
+            return -errno.ESPIPE
+        if kind == EDU:
+            block = step[2]
+            numbers = [int.from_bytes(work[block + at : block + at + 8], "little") for at in (0, 8, 16)]
+            return edu_steps.run(door, fd, step[3], *numbers)
+        if kind == PWRITE:
+            block, count, offset = step[2], step[3], step[5]
+            return (
+                -errno.EPERM
+                if edu_steps.forbidden(offset, count)
+                else door.pwrite(fd, bytes(work[block : block + count]), offset)
+            )
+        data = door.pread(fd, step[2], step[3])
+        if isinstance(data, int):
+            return data
+        work[step[4] : step[4] + len(data)] = data
+        return len(data)
+
     def _file_step(self, step: Step, opened: list[int], slots: list[int]) -> int:
         """A call on a file that an earlier step opened; EBADF where that failed."""
-        work, door, kind = self.memory.work, self._door, step[0]
+        work, kind = self.memory.work, step[0]
         slot = step[1]
         fd = int.from_bytes(work[slot : slot + 4], "little", signed=True)
         if fd not in opened:
             return -9
+        door = self._linux if fd in self._plain and kind != CLOSE else self._door
         if kind == READ:
             data = door.read(fd, step[2])
             if isinstance(data, int):
@@ -181,6 +244,7 @@ class Executor:
             return door.poll(fd)
         # A number that is free again would mean another file on each side: later uses of it get one that is not open.
         opened.remove(fd)
+        self._plain.discard(fd)
         for at in slots:
             if int.from_bytes(work[at : at + 4], "little") == fd:
                 work[at : at + 4] = b"\xff\xff\xff\xff"

@@ -1,4 +1,4 @@
-"""Random programs, from a seed.
+"""Random programs.
 
 Each action of `ACTIONS` adds one call that should succeed in the world as it is believed to be, chosen by weight among
 those that have what they need. A call in seven is then spoiled in one field: a wrong kind of id, a reserved bit, a
@@ -11,21 +11,12 @@ off a page, arrays of nearly 2^19 invalidations, and dirty bits over leaves that
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 from iommulab.fuzz.maker import SPOILED
 from iommulab.fuzz.memory import PAGE
 from iommulab.fuzz.program import RAW, Call, Program, Value
 from iommulab.fuzz.queue_actions import QueueActions
 from iommulab.fuzz.world import Area
-
-#: Programs of one seed are independent of each other.
-_MIX = 0x9E3779B97F4A7C15
-
-
-def generate(seed: int, number: int, calls: int = 30, dmabuf: bool = False) -> Program:
-    """Program `number` of a seed: `calls` calls, and the questions after them. `dmabuf`: with dma-bufs."""
-    return Generator(random.Random((seed * _MIX + number) % (1 << 64)), dmabuf).program(calls)
 
 
 class Generator(QueueActions):
@@ -34,7 +25,17 @@ class Generator(QueueActions):
     def __init__(self, rng: random.Random, dmabuf: bool = False) -> None:
         super().__init__(rng, dmabuf)
         # Half of the programs look at a few things closely.
-        self.weights = [weight * (rng.choice((0.2, 1, 1, 4)) if rng.random() < 0.5 else 1) for weight, _ in ACTIONS]
+        self.weights = [
+            weight * (rng.choice((0.2, 1, 1, 4)) if rng.random() < 0.5 else 1) for weight, _ in self.actions()
+        ]
+
+    def actions(self) -> list[tuple[float, str]]:
+        """Methods that add a call, and how often each is chosen where nothing is known about the world."""
+        return ACTIONS
+
+    def scenes(self) -> list[str]:
+        """Methods that add several."""
+        return SCENES
 
     def program(self, count: int) -> Program:
         self.spoiled = 0.02
@@ -42,11 +43,11 @@ class Generator(QueueActions):
         if self.coin(0.8):
             self.mock_domain()
         if self.coin(0.75):
-            self.rng.choice(SCENES)(self)
+            getattr(self, self.rng.choice(self.scenes()))()
         self.spoiled = SPOILED
         while len(self.calls) < count:
-            _, action = self.rng.choices(ACTIONS, self.weights)[0]
-            action(self)
+            _, action = self.rng.choices(self.actions(), self.weights)[0]
+            getattr(self, action)()
         del self.calls[count:]
         self._questions()
         return Program(self.calls, main_first=self.rng.random() < 0.3)
@@ -219,64 +220,63 @@ class Generator(QueueActions):
                 )
 
 
-SCENES: list[Callable[[Generator], None]] = [
-    Generator.scene_mapped,
-    Generator.scene_pasid,
-    Generator.scene_faults,
-    Generator.scene_viommu,
-    Generator.scene_viommu,
-    Generator.scene_dirty,
-    Generator.scene_access,
+SCENES = [
+    "scene_mapped",
+    "scene_pasid",
+    "scene_faults",
+    "scene_viommu",
+    "scene_viommu",
+    "scene_dirty",
+    "scene_access",
 ]
 
-#: How often each action is chosen where nothing is known about the world.
-ACTIONS: list[tuple[float, Callable[[Generator], None]]] = [
-    (3, Generator.new_ioas),
-    (14, Generator.map),
-    (4, Generator.map_file),
-    (4, Generator.use_dmabuf),
-    (6, Generator.copy),
-    (7, Generator.unmap),
-    (2, Generator.iova_ranges),
-    (1, Generator.allow_iovas),
-    (1, Generator.reserve),
-    (2, Generator.option),
-    (0.7, Generator.change_process),
-    (0.3, Generator.get_pa),
-    (5, Generator.mock_domain),
-    (4, Generator.replace),
-    (6, Generator.hwpt_alloc),
-    (4, Generator.hwpt_nested),
-    (2.5, Generator.invalidate),
-    (1.5, Generator.check_iotlb),
-    (0.7, Generator.check_cache),
-    (1.5, Generator.hw_info),
-    (5, Generator.destroy),
-    (1, Generator.destroy_device),
-    (5, Generator.pasid_attach),
-    (2, Generator.pasid_detach),
-    (1.5, Generator.pasid_check),
-    (2, Generator.fault_queue),
-    (3.5, Generator.trigger_iopf),
-    (4, Generator.use_queue),
-    (2.5, Generator.viommu_alloc),
-    (1, Generator.mmap),
-    (3, Generator.vdevice_alloc),
-    (2, Generator.veventq_alloc),
-    (2, Generator.trigger_vevent),
-    (2, Generator.hw_queue_alloc),
-    (3, Generator.create_access),
-    (5, Generator.access_pages),
-    (3, Generator.access_rw),
-    (3, Generator.access_release),
-    (2.5, Generator.set_dirty_tracking),
-    (3, Generator.get_dirty),
-    (3, Generator.make_dirty),
-    (0.5, Generator.memory_limit),
-    (1, Generator.vfio_ioas),
-    (4, Generator.compat),
-    (2, Generator.check_map),
-    (0.5, Generator.check_refs),
-    (0.5, Generator.protect),
-    (0.3, Generator.raw),
+ACTIONS: list[tuple[float, str]] = [
+    (3, "new_ioas"),
+    (14, "map"),
+    (4, "map_file"),
+    (4, "use_dmabuf"),
+    (6, "copy"),
+    (7, "unmap"),
+    (2, "iova_ranges"),
+    (1, "allow_iovas"),
+    (1, "reserve"),
+    (2, "option"),
+    (0.7, "change_process"),
+    (0.3, "get_pa"),
+    (5, "mock_domain"),
+    (4, "replace"),
+    (6, "hwpt_alloc"),
+    (4, "hwpt_nested"),
+    (2.5, "invalidate"),
+    (1.5, "check_iotlb"),
+    (0.7, "check_cache"),
+    (1.5, "hw_info"),
+    (5, "destroy"),
+    (1, "destroy_device"),
+    (5, "pasid_attach"),
+    (2, "pasid_detach"),
+    (1.5, "pasid_check"),
+    (2, "fault_queue"),
+    (3.5, "trigger_iopf"),
+    (4, "use_queue"),
+    (2.5, "viommu_alloc"),
+    (1, "mmap"),
+    (3, "vdevice_alloc"),
+    (2, "veventq_alloc"),
+    (2, "trigger_vevent"),
+    (2, "hw_queue_alloc"),
+    (3, "create_access"),
+    (5, "access_pages"),
+    (3, "access_rw"),
+    (3, "access_release"),
+    (2.5, "set_dirty_tracking"),
+    (3, "get_dirty"),
+    (3, "make_dirty"),
+    (0.5, "memory_limit"),
+    (1, "vfio_ioas"),
+    (4, "compat"),
+    (2, "check_map"),
+    (0.5, "check_refs"),
+    (0.5, "protect"),
+    (0.3, "raw"),
 ]

@@ -15,7 +15,7 @@ from rich.console import Console
 from iommulab.errors import UserError
 from iommulab.fuzz.compare import Difference, differences
 from iommulab.fuzz.executor import Answer, digest
-from iommulab.fuzz.generator import generate
+from iommulab.fuzz.machines import generate
 from iommulab.fuzz.model import Broken, ModelSide
 from iommulab.fuzz.program import Call, Compiled, Program, compile_program
 from iommulab.fuzz.target import Died, Frame, Target
@@ -73,7 +73,7 @@ class Hunt:
         for number in numbers:
             if time.monotonic() > self.limit:
                 return
-            program = generate(self.seed, number, self.calls, self.dmabuf)
+            program = self.generate(number)
             frame = self.frame(number, program)
             ours = self._pending[number][2]
             if isinstance(ours, Broken) and ours.excused:
@@ -81,6 +81,10 @@ class Hunt:
                 self.excused += 1
             else:
                 yield frame
+
+    def generate(self, number: int) -> Program:
+        """Program `number` of this run."""
+        return generate(self.seed, number, self.calls, self.dmabuf, self.model.machine)
 
     def frame(self, number: int, program: Program) -> Frame:
         compiled = compile_program(program)
@@ -132,6 +136,14 @@ class Hunt:
                     f"the kernel {self.target.release} has no mock driver of iommufd; build it with "
                     "CONFIG_IOMMUFD_TEST=y"
                 )
+
+    def need_device(self) -> None:
+        """UserError where the machine has no device that VFIO gives away."""
+        probe = compile_program(Program([Call("open")]))
+        for _, answer in self.target.ask(iter([Frame(0, b"", probe.image, probe.steps, False)])):
+            if not isinstance(answer, Died) and answer[0] != [0]:
+                why = errno.errorcode.get(-answer[0][0], str(answer[0][0]))
+                raise UserError(f"no edu device (PCI 1234:11e8) that vfio-pci could have here: {why}")
 
     def ask(self, program: Program) -> list[Difference]:
         """One program, now."""

@@ -7,7 +7,7 @@ import os
 import traceback
 from dataclasses import dataclass
 
-from iommulab.fuzz.doors import POLL_EVENTS, Mapping
+from iommulab.fuzz.doors import POLL_EVENTS, Devices, Mapping
 from iommulab.fuzz.executor import Answer, Executor
 from iommulab.fuzz.program import Compiled, Program
 from kernel_model.door import ModelFile
@@ -22,9 +22,13 @@ class ModelDoor:
         self.kernel = kernel
         #: The model's refusals of ioctls, in order, with its own words; None where a call succeeded.
         self.why: list[OSError | None] = []
+        self._devices = Devices(kernel)
 
     def open(self) -> int:
         return self.kernel.open(DEV_IOMMU).fileno()
+
+    def open_device(self, number: int) -> int:
+        return self._devices.open(number)
 
     def _file(self, fd: int) -> ModelFile:
         return ModelFile(self.kernel, fd, "")
@@ -47,6 +51,18 @@ class ModelDoor:
     def write(self, fd: int, data: bytes) -> int:
         try:
             return self._file(fd).write(data)
+        except OSError as error:
+            return -(error.errno or 0)
+
+    def pread(self, fd: int, count: int, offset: int) -> bytes | int:
+        try:
+            return self._file(fd).pread(count, offset)
+        except OSError as error:
+            return -(error.errno or 0)
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        try:
+            return self._file(fd).pwrite(data, offset)
         except OSError as error:
             return -(error.errno or 0)
 
@@ -88,14 +104,15 @@ class Broken:
 
 
 class ModelSide:
-    """Runs programs on the model of a release. Context manager."""
+    """Runs programs on the model of a release, on a machine. Context manager."""
 
-    def __init__(self, version: str) -> None:
+    def __init__(self, version: str, machine: str = "mock") -> None:
         self._version = version
+        self.machine = machine
         self._boot()
 
     def _boot(self) -> None:
-        self._door = ModelDoor(Kernel("mock", self._version))
+        self._door = ModelDoor(Kernel(self.machine, self._version))
         self._executor = Executor(self._door)
 
     def run(self, program: Program, compiled: Compiled) -> Answer | Broken:

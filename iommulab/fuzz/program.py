@@ -9,10 +9,14 @@ string:
     "&buf+0x1800"       an address: a region of `memory.REGIONS` and an offset
     "*00ff..."          the address of these bytes
     ">64+3"             the address of 64 zero bytes for the kernel to write, this much off alignment
+    "#iommufd"          the descriptor of the iommufd itself
 
 So a program is JSON as it stands, and calls can be dropped from it: what referred to them becomes 0. Besides ioctls
 there are `read`, `write`, `close` and `poll` of a file that a call opened, `mmap` of the iommufd, and `munmap` and
 `mprotect` of the program's memory. `RAW_0x3b96` is a request that no kernel has.
+
+With hardware there are `open` of a device and `eventfd`, whose field "fd" later calls refer to, ioctls on such a file
+(`Call.file`), `pread` and `pwrite` of its regions, and what the device is told to do (`iommulab.fuzz.edu_steps`).
 """
 
 from __future__ import annotations
@@ -20,7 +24,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from iommulab.fuzz.executor import CLOSE, DETACH, FD_IOCTL, IOCTL, MMAP, POLL, PROTECT, READ, UNMAP, WRITE, Step
+from iommulab.fuzz import edu_steps
+from iommulab.fuzz.executor import (
+    CLOSE,
+    DETACH,
+    EDU,
+    EVENTFD,
+    FD_IOCTL,
+    FILE_IOCTL,
+    IOCTL,
+    MAIN,
+    MMAP,
+    OPEN,
+    POLL,
+    PREAD,
+    PROTECT,
+    PWRITE,
+    READ,
+    UNMAP,
+    WRITE,
+    Step,
+)
 from iommulab.fuzz.memory import REGIONS, WORK, WORK_SIZE
 from uapi import iommufd_test, registry
 from uapi.cstruct import Struct, Union, fields_of
@@ -31,21 +55,37 @@ Value: TypeAlias = "int | str"
 #: Outputs that are descriptors; `result_fd` is the result of DMABUF_GET, which the executor puts behind the block.
 FD_FIELDS = ("out_access_fd", "out_fault_fd", "out_veventq_fd", "result_fd")
 _RESULT_AT = 64
+#: What follows a struct and has values of its own: the width of one, how many. They are data0, data1 and so on.
+_FOLLOWS = {"VFIO_DEVICE_SET_IRQS": (4, 4), "VFIO_DEVICE_FEATURE": (8, 4)}
 _FILE_CALLS = {"read": READ, "write": WRITE, "close": CLOSE, "poll": POLL}
+#: What opens a file, with its descriptor in the field "fd".
+_OPENERS = {"open": OPEN, "eventfd": EVENTFD}
+#: What `edu` does, and the fields of that in order.
+EDU_CALLS = {
+    "edu_copy": (edu_steps.COPY, ("source", "target", "count")),
+    "edu_irq": (edu_steps.IRQ, ("bits",)),
+    "edu_liveness": (edu_steps.LIVENESS, ("value",)),
+}
 _PASID_CALLS = ("IOMMU_TEST_OP_PASID_ATTACH", "IOMMU_TEST_OP_PASID_REPLACE")
 _MEMORY_CALLS = {"munmap": UNMAP, "mprotect": PROTECT}
+#: The iommufd itself, where a call takes its descriptor.
+MAIN_FD = "#iommufd"
 #: Longest block that a too large `size` makes; what it says beyond that is whatever follows.
 _MAX_BLOCK = 256
 
 
 @dataclass(slots=True)
 class Call:
-    """One call. `arg` stands in for the address of the block, `tail` (hex) follows the struct in it."""
+    """One call. `arg` stands in for the address of the block, `tail` (hex) follows the struct in it.
+
+    An ioctl is one of the iommufd, or of `file`, a reference to its descriptor.
+    """
 
     name: str
     fields: dict[str, Any] = field(default_factory=dict)
     arg: Value | None = None
     tail: str = ""
+    file: Value | None = None
 
     @property
     def is_ioctl(self) -> bool:
@@ -57,6 +97,8 @@ class Call:
             more["arg"] = self.arg
         if self.tail:
             more["tail"] = self.tail
+        if self.file is not None:
+            more["file"] = self.file
         return [self.name, self.fields, more] if more else [self.name, self.fields]
 
     @classmethod
@@ -107,6 +149,9 @@ def _layouts() -> dict[str, Layout]:
     for name, ioctl in registry.ioctls().items():
         size_of = ioctl.size.to_bytes(4, "little") if ioctl.size_field else b""
         members = _members(ioctl.struct) if ioctl.struct is not None else {}
+        if name in _FOLLOWS:
+            width, count = _FOLLOWS[name]
+            members |= {f"data{index}": (ioctl.size + index * width, width) for index in range(count)}
         table[name] = Layout(ioctl.number, ioctl.size, members, size_of)
     head = {name: place for name, place in _members(iommu_test_cmd).items() if "." not in name}
     for op, member in TEST_OP_MEMBERS.items():
@@ -160,6 +205,8 @@ class _Compiler:
         #: Where each call's block is, and what pointers point to; the data of reads is there by the name "data".
         self.blocks: list[int] = []
         self.pointed: dict[tuple[int, str], int] = {}
+        #: Where the number of the iommufd is, if a call asks for it.
+        self.main: int | None = None
 
     def run(self) -> Compiled:
         for index, call in enumerate(self.calls):
@@ -169,9 +216,13 @@ class _Compiler:
                 for name, value in call.fields.items():
                     if isinstance(value, str) and value[0] == wanted:
                         self._target(index, name, value)
-                if call.name == "read" and wanted == ">":
+                if call.name in ("read", "pread") and wanted == ">":
                     self._target(index, "data", f">{read_count(call)}")
+        if any(value == MAIN_FD for call in self.calls for value in call.fields.values()):
+            self.main = self._allot(4)
         steps = [self._step(index, call) for index, call in enumerate(self.calls)]
+        if self.main is not None:
+            steps.insert(0, (MAIN, self.main))
         attached = [call.fields.get("pasid", 0) for call in self.calls if call.name in _PASID_CALLS]
         if attached:
             steps.append((DETACH, tuple(sorted({pasid for pasid in attached if isinstance(pasid, int)}))))
@@ -194,8 +245,10 @@ class _Compiler:
             room = max(room, *(offset + size for offset, size in layout.fields.values())) if layout.fields else room
         elif call.name == "write":
             room = len(call.fields["words"]) * 4
-        elif call.name == "mmap":
+        elif call.name == "mmap" or call.name in _OPENERS:
             room = 8
+        elif call.name in EDU_CALLS:
+            room = 24
         start = self._allot(room)
         self.blocks.append(start)
         if layout is not None:
@@ -228,6 +281,8 @@ class _Compiler:
             return None if found is None else (found + int(inside), 8)
         if name.isdigit():
             return (self.pointed[index, "data"] + int(name), 4) if (index, "data") in self.pointed else None
+        if self.calls[index].name in _OPENERS:
+            return (self.blocks[index], 4) if name == "fd" else None
         layout = LAYOUTS.get(self.calls[index].name)
         if layout is None or name not in layout.fields:
             return None
@@ -237,8 +292,8 @@ class _Compiler:
     def _put(self, at: int, size: int, index: int, name: str, value: Value) -> tuple[tuple[int, int, int], ...]:
         """Write a value into the image; what can only be written at run time is returned as patches."""
         if isinstance(value, str):
-            if value[0] == "@":
-                found = self._source(value)
+            if value[0] in "@#":
+                found = (self.main or 0, 4) if value == MAIN_FD else self._source(value)
                 return () if found is None else ((at, found[0], min(size, found[1])),)
             value = address(value) if value[0] == "&" else WORK + self.pointed[index, name]
         self.image[at : at + size] = (value & ((1 << size * 8) - 1)).to_bytes(size, "little")
@@ -255,6 +310,8 @@ class _Compiler:
             arg = WORK + block if call.arg is None else call.arg
             fd = next((block + layout.fields[name][0] for name in FD_FIELDS if name in layout.fields), -1)
             where = address(arg) if isinstance(arg, str) else arg
+            if call.file is not None:
+                return (FILE_IOCTL, self._file(call.file), layout.request, where, patches)
             if "result_fd" in layout.fields:
                 return (FD_IOCTL, layout.request, where, fd, patches)
             return (IOCTL, layout.request, where, fd if call.arg is None else -1, patches)
@@ -264,8 +321,19 @@ class _Compiler:
         if call.name == "mmap":
             patches = self._put(block, 8, index, "offset", call.fields["offset"])
             return (MMAP, block, *(call.fields[name] for name in ("length", "prot", "flags")), patches)
-        found = self._source(call.fields["fd"])
-        slot = found[0] if found is not None else WORK_SIZE - 4
+        if call.name in _OPENERS:
+            return (_OPENERS[call.name], block, call.fields.get("device", 0))
+        slot = self._file(call.fields["fd"])
+        if call.name in EDU_CALLS:
+            kind, names = EDU_CALLS[call.name]
+            for number, name in enumerate(names):
+                patches += self._put(block + 8 * number, 8, index, name, call.fields.get(name, 0))
+            return (EDU, slot, block, kind, patches)
+        if call.name == "pread":
+            return (PREAD, slot, read_count(call), call.fields["offset"], self.pointed[index, "data"])
+        if call.name == "pwrite":
+            data = bytes.fromhex(call.fields["data"][1:])
+            return (PWRITE, slot, self.pointed[index, "data"], len(data), (), call.fields["offset"])
         if call.name == "read":
             return (READ, slot, read_count(call), self.pointed[index, "data"])
         if call.name == "write":
@@ -274,6 +342,11 @@ class _Compiler:
                 patches += self._put(block + number * 4, 4, index, "words", value)
             return (WRITE, slot, block, max(len(words) * 4 + call.fields.get("more", 0), 0), patches)
         return (_FILE_CALLS[call.name], slot)
+
+    def _file(self, value: Value) -> int:
+        """Where the number of a file is."""
+        found = self._source(value)
+        return found[0] if found is not None else WORK_SIZE - 4
 
 
 def read_count(call: Call) -> int:
@@ -302,7 +375,13 @@ def without(program: Program, dropped: set[int]) -> Program:
         return value
 
     calls = [
-        Call(call.name, {name: moved(value) for name, value in call.fields.items()}, call.arg, call.tail)
+        Call(
+            call.name,
+            {name: moved(value) for name, value in call.fields.items()},
+            call.arg,
+            call.tail,
+            moved(call.file),
+        )
         for index, call in enumerate(program.calls)
         if index not in dropped
     ]

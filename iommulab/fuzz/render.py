@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from iommulab.fuzz.memory import MEMFD, PAGE, REGIONS
-from iommulab.fuzz.program import TEST_OPS, Call, Program
+from iommulab.fuzz.program import EDU_CALLS, MAIN_FD, TEST_OPS, Call, Program
 from uapi.iommufd_test import TEST_OP_MEMBERS
 
 _MEMBER = {TEST_OPS[op]: member for op, member in TEST_OP_MEMBERS.items()}
@@ -22,7 +22,7 @@ from kernel_model.kernel import Kernel
 kernel = LinuxBackend()  # or Kernel("mock")
 iommu = kernel.open("/dev/iommu")
 
-def call(ioctl, arg=None, tail=b"", **fields):
+def call(ioctl, arg=None, tail=b"", file=None, **fields):
     data = bytes(ioctl.make()) + tail if ioctl.struct else b"0"
     room = ctypes.create_string_buffer(data, len(data))
     block = (ioctl.struct or ctypes.c_char).from_buffer(room)
@@ -30,7 +30,7 @@ def call(ioctl, arg=None, tail=b"", **fields):
         inner, _, last = name.rpartition("__in__")
         setattr(getattr(block, inner) if inner else block, last, value)
     try:
-        result = ioctl.raw(iommu, room if arg is None else arg)
+        result = ioctl.raw(iommu if file is None else kernel.adopt(file), room if arg is None else arg)
         print(ioctl.name, "=", result)
         block.result_fd = result
     except OSError as error:
@@ -42,6 +42,30 @@ def put(data):
     return ctypes.addressof(keep[-1])
 
 keep = []
+"""
+
+_DEVICES = """
+from types import SimpleNamespace
+from conformance.drivers.edu import edu_functions
+from conformance.drivers.vfio import node, take
+from iommulab.fuzz import edu_steps
+
+class door:  # what edu_steps.run takes
+    pread = staticmethod(lambda fd, count, offset: kernel.adopt(fd).pread(count, offset))
+    pwrite = staticmethod(lambda fd, data, offset: kernel.adopt(fd).pwrite(data, offset))
+
+nodes = edu_functions(kernel)
+for address in nodes:
+    take(kernel, address)
+
+def told(name, function, *arguments):
+    try:
+        print(name, "=", result := function(*arguments))
+        return result
+    except OSError as error:
+        print(name, errno.errorcode[error.errno])
+        return b""
+
 """
 
 
@@ -67,6 +91,8 @@ def _region(name: str) -> list[str]:
 def _value(value: Any, calls: list[Call]) -> str:
     if isinstance(value, int):
         return str(value) if value < 10 else ("memfd" if value == MEMFD else hex(value))
+    if value == MAIN_FD:
+        return "iommu.fileno()"
     if value[0] == "@":
         index, _, name = value[1:].partition(".")
         if ":" in name:
@@ -98,6 +124,8 @@ def _line(call: Call, calls: list[Call]) -> str:
             more = f", {fields['prot']}" if call.name == "mprotect" else ""
             where = _value(fields["address"], calls)
             return f"ctypes.CDLL(None).{call.name}(ctypes.c_void_p({where}), {fields['length']}{more})"
+        if call.name in ("open", "eventfd") or call.name in EDU_CALLS or call.name in ("pread", "pwrite"):
+            return _device_line(call, calls)
         if call.name == "mmap":
             offset = _value(fields["offset"], calls)
             return f"iommu.mmap({fields['length']}, {offset}, {fields['prot']}, {fields['flags']})"
@@ -117,6 +145,8 @@ def _line(call: Call, calls: list[Call]) -> str:
         said.append(f"{key}={_value(value, calls)}")
     if call.arg is not None:
         said.insert(0, _value(call.arg, calls))
+    if call.file is not None:
+        said.append(f"file={_value(call.file, calls)}")
     if call.tail:
         said.append(f"tail=bytes.fromhex({call.tail!r})")
     name = "IOMMU_TEST_CMD" if member else call.name
@@ -125,7 +155,23 @@ def _line(call: Call, calls: list[Call]) -> str:
     return f"call({', '.join([name, *said])})"
 
 
-def as_python(program: Program) -> str:
+def _device_line(call: Call, calls: list[Call]) -> str:
+    fields = call.fields
+    if call.name == "open":
+        return f"SimpleNamespace(fd=kernel.open(node(kernel, nodes[{fields.get('device', 0)}])).fileno())"
+    if call.name == "eventfd":
+        return "SimpleNamespace(fd=os.eventfd(0, os.EFD_NONBLOCK))"
+    fd = _value(fields["fd"], calls)
+    if call.name == "pread":
+        return f"told('pread', door.pread, {fd}, {fields['count']}, {fields['offset']:#x})"
+    if call.name == "pwrite":
+        return f"told('pwrite', door.pwrite, {fd}, bytes.fromhex({fields['data'][1:]!r}), {fields['offset']:#x})"
+    kind, names = EDU_CALLS[call.name]
+    numbers = [_value(fields.get(name, 0), calls) for name in names] + ["0"] * (3 - len(names))
+    return f"told({call.name!r}, edu_steps.run, door, {fd}, {kind}, {', '.join(numbers)})"
+
+
+def as_python(program: Program, machine: str = "mock") -> str:
     """The program as a script that prints each call's result."""
     text = repr([call.to_json() for call in program.calls])
     regions = [line for name in REGIONS if f"&{name}" in text for line in _region(name)]
@@ -135,4 +181,5 @@ def as_python(program: Program) -> str:
     for index, call in enumerate(program.calls):
         used = f"@{index}." in text
         lines.append((f"c{index} = " if used else "") + _line(call, program.calls))
-    return _HEAD + "\n".join([*regions, *lines]) + "\n"
+    head = _HEAD if machine == "mock" else _HEAD.replace('Kernel("mock")', f'Kernel("{machine}")') + _DEVICES
+    return head + "\n".join([*regions, *lines]) + "\n"

@@ -7,6 +7,7 @@ plain, as long as both sides still differ. Each candidate is run on both.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from iommulab.fuzz.program import Call, Program, without
 
@@ -55,14 +56,14 @@ def shrink(program: Program, differs: Test, budget: int = 400) -> Program:
 def _plainer(call: Call) -> Iterator[Call]:
     """The call with one thing left out or made smaller; each chain of these ends."""
     if call.arg is not None and call.is_ioctl:
-        yield Call(call.name, call.fields, None, call.tail)
+        yield replace(call, arg=None)
     for name, value in call.fields.items():
         rest = {key: other for key, other in call.fields.items() if key != name}
         if call.is_ioctl:
-            yield Call(call.name, rest, call.arg, call.tail)
+            yield replace(call, fields=rest)
         if isinstance(value, int):
             for simple in (4096, 0x1000000, 1, value & ~0xFFF, value & (value - 1)):
                 if simple < value:
-                    yield Call(call.name, call.fields | {name: simple}, call.arg, call.tail)
+                    yield replace(call, fields=call.fields | {name: simple})
         elif isinstance(value, str) and value[0] == "&" and "+" in value and not value.endswith("+0x0"):
-            yield Call(call.name, call.fields | {name: value.partition("+")[0] + "+0x0"}, call.arg, call.tail)
+            yield replace(call, fields=call.fields | {name: value.partition("+")[0] + "+0x0"})

@@ -8,7 +8,7 @@ from iommulab.fuzz.world import World
 
 U64_MAX = (1 << 64) - 1
 #: Fields that are pointers, those that are ids, those whose value is a size or an address of the IO side.
-POINTERS = {"allowed_iovas", "data_uptr", "data", "uptr", "user_va", "vaddr"}
+POINTERS = {"allowed_iovas", "data_uptr", "data", "uptr", "user_va", "vaddr", "token_uuid_ptr"}
 IDS = {
     "id", "ioas_id", "dst_ioas_id", "src_ioas_id", "object_id", "dev_id", "pt_id", "hwpt_id", "fault_id", "viommu_id",
 }  # fmt: skip
@@ -42,6 +42,9 @@ def spoil(call: Call, world: World) -> bool:
         return True
     if kind < 0.08 and "size" in layout.fields and call.name[:5] != "VFIO_":
         return _size(call, world)
+    if kind < 0.08 and call.name[:12] == "VFIO_DEVICE_" and "argsz" in layout.fields:
+        call.fields["argsz"] = rng.choice((0, 3, layout.size - 4, layout.size - 1, layout.size + 8, 4096, 1 << 31))
+        return True
     if kind < 0.11:
         call.arg = rng.choice(("&hole+0", "&none+8", "&buf+0x1fffe", "&ro+0", 0, 1 << 47, U64_MAX - 3))
         return True
@@ -62,7 +65,12 @@ def spoil(call: Call, world: World) -> bool:
         new = rng.choice(EDGES)
         if isinstance(old, int) and rng.random() < 0.5:
             new = max(old + rng.choice((1, -1, 2048, -2048, 512, PAGE, -PAGE)), 0)
-    elif name in ("fd", "dmabuf_fd"):  # numbers that are the same file, or none, in every process
+    elif name == "iommufd":
+        files: list[Value] = [*(file.fd for file in world.files), *world.eventfds]
+        new = rng.choice([*files, MEMFD, 950, (1 << 32) - 1])
+    elif name in ("fd", "dmabuf_fd") or (
+        call.name == "VFIO_DEVICE_SET_IRQS" and name[:4] == "data"
+    ):  # numbers that are the same file, or none, in every process
         new = rng.choice((MEMFD, NULL_FD, 950, (1 << 31) - 1, (1 << 32) - 1))
     elif name == "op":
         new = rng.choice((1, 2, 3, 4, 0xFFFF))

@@ -1,6 +1,7 @@
 """Programs with a real kernel's answers, in files: `--record` writes them, `--against recorded` reads them.
 
-A file is gzipped JSON: the kernel's release, the seed, and the programs with their answers. Of an answer it keeps the
+A file is gzipped JSON: the kernel's release, the seed, the machine where it is not the mock driver's alone, and the
+programs with their answers. Of an answer it keeps the
 results, the final state, and of the work region the bytes that the kernel changed.
 """
 
@@ -31,6 +32,7 @@ class Vectors:
     release: str
     seed: int
     items: list[tuple[int, Program, Answer]] = field(default_factory=list)
+    machine: str = "mock"
 
     def save(self, path: Path) -> list[Path]:
         """Write the file, or into a directory files of `PER_FILE` programs; what was written.
@@ -40,12 +42,16 @@ class Vectors:
         if path.is_dir():
             written = []
             for start in range(0, len(self.items), PER_FILE):
-                name = f"{self.release.partition('-')[0]}-{start // PER_FILE:02}.json.gz"
-                part = Vectors(self.release, self.seed, self.items[start : start + PER_FILE])
+                machine = "" if self.machine == "mock" else f"-{self.machine}"
+                name = f"{self.release.partition('-')[0]}{machine}-{start // PER_FILE:02}.json.gz"
+                part = Vectors(self.release, self.seed, self.items[start : start + PER_FILE], self.machine)
                 written += part.save(path / name)
             return written
         items = [[number, program.to_json(), *_pack(program, answer)] for number, program, answer in self.items]
-        data = {"format": FORMAT, "release": self.release, "seed": self.seed, "programs": items}
+        data: dict[str, Any] = {"format": FORMAT, "release": self.release, "seed": self.seed}
+        if self.machine != "mock":
+            data["machine"] = self.machine
+        data["programs"] = items
         text = json.dumps(data, separators=(",", ":")).encode()
         try:
             with path.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, 0) as file:
@@ -61,7 +67,7 @@ def load(path: Path) -> Vectors:
         data = json.loads(gzip.decompress(path.read_bytes()))
         if data["format"] != FORMAT:
             raise UserError(f"{path} has format {data['format']}, not {FORMAT}: record it again")
-        found = Vectors(data["release"], data["seed"])
+        found = Vectors(data["release"], data["seed"], machine=data.get("machine", "mock"))
         for number, calls, *packed in data["programs"]:
             program = Program.from_json(calls)
             found.items.append((number, program, _unpack(program, packed)))

@@ -63,6 +63,15 @@ class Device:
 
 
 @dataclass(eq=False, slots=True)
+class DeviceFile:
+    """An open VFIO character device: its descriptor, what it was bound as, what it is attached to."""
+
+    fd: str
+    device: Device | None = None
+    ioas: Ioas | None = None
+
+
+@dataclass(eq=False, slots=True)
 class Viommu:
     ref: str
     parent: Hwpt
@@ -109,6 +118,9 @@ class World:
     #: Where offsets of pages to be mapped are told.
     pages: list[str] = field(default_factory=list)
     compat: Ioas | None = None
+    #: With hardware: open devices, and eventfds.
+    files: list[DeviceFile] = field(default_factory=list)
+    eventfds: list[str] = field(default_factory=list)
 
     def pick(self, pool: list[T]) -> T | None:
         """One of the pool, rather a young one."""

@@ -22,8 +22,9 @@ from iommulab.errors import UserError
 from iommulab.fuzz.cli import RECORDED, model_release
 from iommulab.fuzz.compare import Difference, differences
 from iommulab.fuzz.executor import Answer, digest
-from iommulab.fuzz.generator import ACTIONS, generate
+from iommulab.fuzz.generator import ACTIONS
 from iommulab.fuzz.hunt import Hunt, HuntProgress, check, signature
+from iommulab.fuzz.machines import GENERATORS, generate
 from iommulab.fuzz.memory import MEMFD, NULL_FD
 from iommulab.fuzz.model import Broken, ModelSide
 from iommulab.fuzz.program import LAYOUTS, Call, Program, compile_program, without
@@ -34,6 +35,7 @@ from iommulab.fuzz.vectors import PER_FILE, Vectors, chunks, load
 from iommulab.kernel_images import find_image
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+HARDWARE = [name for name in GENERATORS if name != "mock"]
 #: An executor as on a real kernel, but on the model; a program without calls kills it, one of size 0 hangs.
 EXECUTOR = """
 import os, sys, time
@@ -280,7 +282,7 @@ def test_a_broken_model_is_booted_again(model: ModelSide, monkeypatch: pytest.Mo
 def hold(side: ModelSide, seed: int, numbers: range) -> None:
     """No program of these breaks the model."""
     for number in numbers:
-        program = generate(seed, number)
+        program = generate(seed, number, machine=side.machine)
         found = side.run(program, compile_program(program))
         if isinstance(found, Broken):
             assert found.excused, f"program {number} of seed {seed}:\n{as_python(program)}\n{found.trace}"
@@ -289,6 +291,12 @@ def hold(side: ModelSide, seed: int, numbers: range) -> None:
 @pytest.mark.parametrize("seed", range(2))
 def test_no_program_breaks_the_model(model: ModelSide, seed: int) -> None:
     hold(model, seed, range(50))
+
+
+@pytest.mark.parametrize("machine", HARDWARE)
+def test_no_program_breaks_the_model_of_a_machine(machine: str) -> None:
+    with ModelSide("7.3.4", machine) as side:
+        hold(side, 5, range(25))
 
 
 @pytest.mark.soak
@@ -375,7 +383,7 @@ def test_shrinking_stops_at_its_budget() -> None:
 @pytest.mark.parametrize("name", [path.name for path in chunks(RECORDED)])
 def test_the_model_answers_as_the_recorded_kernel(name: str) -> None:
     vectors = load(RECORDED / name)
-    with ModelSide(model_release(vectors.release)) as side:
+    with ModelSide(model_release(vectors.release), vectors.machine) as side:
         for number, program, recorded in vectors.items:
             told = check(side, program, recorded)
             assert not told, f"program {number} of seed {vectors.seed}: {told[0]}\n{as_python(program)}"
