@@ -15,8 +15,9 @@ from kernel_model.process import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
 #: How many pages a window has: what fits into a page of pointers.
 _WINDOW_PAGES = PAGE_SIZE // 8
-#: How many bytes of the bitmap are stored at once, unless a single row of leaves has more.
-_CHUNK = 256 << 10
+#: How many bytes of the bitmap are stored at once, unless a single row of leaves has more. Below 128 KiB, from where on
+#: the C library maps fresh pages for every copy.
+_CHUNK = 64 << 10
 
 
 class IovaBitmap:

@@ -20,6 +20,9 @@ from kernel_model.errors import KernelError
 if TYPE_CHECKING:
     from kernel_model.iommufd.iova_bitmap import IovaBitmap
 
+#: A row of leaves of several runs is reported once it has this many: its mask grows by copying.
+_ROW = 1024
+
 
 class Leaves:
     """`count` leaves of 1 << `shift` bytes from `iova` on, of contiguous physical memory from `pa` on."""
@@ -156,21 +159,36 @@ class LeafTable:
         run.dirty |= int.from_bytes(dirty, "little")
 
     def read_dirty(self, iova: int, length: int, clear: bool, bitmap: IovaBitmap | None) -> None:
-        """read_and_clear_dirty(): report the dirty leaves that meet the range to `bitmap`, whole; `clear` them."""
+        """read_and_clear_dirty(): report the dirty leaves that meet the range to `bitmap`, whole; `clear` them.
+
+        Runs that touch are reported as one: a report costs more than the rest of what is done for a run.
+        """
         last = iova + length - 1
+        start = end = shift = row = 0  # what is still to be reported: bit i is the i-th leaf from `start` on
         for run in self._from(iova):
             if run.iova > last:
-                return
-            if not run.dirty:
+                break
+            dirty = run.dirty
+            if not dirty:
                 continue
-            first, count, dirty = 0, run.count, run.dirty
+            first, count = 0, run.count
             if run.iova < iova or run.end > last + 1:
                 first = run.index(max(iova, run.iova))
                 count = run.index(min(last, run.end - 1)) - first + 1
                 dirty = dirty >> first & ones(count)
                 if not dirty:
                     continue
-            if bitmap is not None:
-                bitmap.set_leaves(run.iova + (first << run.shift), run.shift, count, dirty)
             if clear:
                 run.dirty ^= dirty << first
+            if bitmap is None:
+                continue
+            at = run.iova + (first << run.shift)
+            if at == end and shift == run.shift and end - start < _ROW << shift:
+                row |= dirty << (at - start >> shift)
+            else:
+                if row:
+                    bitmap.set_leaves(start, shift, end - start >> shift, row)
+                start, shift, row = at, run.shift, dirty
+            end = at + (count << shift)
+        if row and bitmap is not None:
+            bitmap.set_leaves(start, shift, end - start >> shift, row)
