@@ -6,10 +6,11 @@ device writes goes to TARGET; MORE, four pages, is mapped in none until a test m
 
 from __future__ import annotations
 
-from conformance.drivers.dsa import HARDWARE, MOVE, ON_WRITE, PAGE_FAULT, SUCCESS, TRANSLATION, Dsa, Queue
+from conformance.drivers.dsa import HARDWARE, MOVE, ON_WRITE, PAGE_FAULT, SUCCESS, TRANSLATION, WQ_BLOCK, Dsa, Queue
+from conformance.mock import fault_queue
 from conformance.steps import PAGE, RW, hwpt_alloc, ioas_alloc, map_user, unmap
 from uapi.backend import Backend, Buffer, File
-from uapi.iommufd import IOMMU_HWPT_ALLOC_PASID
+from uapi.iommufd import IOMMU_HWPT_ALLOC_PASID, IOMMU_HWPT_FAULT_ID_VALID
 
 RECORDS, TARGET, NAME, MORE = 0x10_0000, 0x10_1000, 0x10_2000, 0x20_0000
 #: What a device says of a request that was refused: without ATS; with ATS, no such page; and no translations at all.
@@ -61,6 +62,20 @@ class Space:
     def set_more(self, data: bytes, index: int = 0, offset: int = 0) -> None:
         start = (2 + index) * PAGE + offset
         self.pages.view[start : start + len(data)] = data
+
+
+class PasidFaults:
+    """A fault queue and a space that reports to it, on PASID 5; the device itself is attached to nothing."""
+
+    def __init__(self, kernel: Backend, iommu: File, dsa: Dsa, records: Buffer, flags: int = 0) -> None:
+        self.kernel, self.iommu, self.dsa, self.records = kernel, iommu, dsa, records
+        self.fault, self.file = fault_queue(kernel, iommu)
+        flags |= IOMMU_HWPT_FAULT_ID_VALID | IOMMU_HWPT_ALLOC_PASID
+        self.space = Space(kernel, iommu, dsa.vfio.devid, b"s", records, flags, fault_id=self.fault)
+        dsa.vfio.attach_pasid(5, self.space.hwpt)
+
+    def queue(self, index: int = 0, pasid: int | None = 5, flags: int = WQ_BLOCK) -> Queue:
+        return self.dsa.queue(index, pasid, flags).record_in(self.records, RECORDS)
 
 
 def reached(queue: Queue, spaces: list[Space]) -> str:

@@ -65,12 +65,10 @@ class Setting:
 
 
 @pytest.fixture
-def setting(kernel: Backend, iommu: File, waiting_dsa: Dsa) -> Iterator[Setting]:
-    records = kernel.buffer(PAGE)
+def setting(kernel: Backend, iommu: File, waiting_dsa: Dsa, records: Buffer) -> Iterator[Setting]:
     made = Setting(kernel, iommu, waiting_dsa, records)
     yield made
     made.file.close()
-    records.close()
 
 
 def page(fault: PageFault) -> int:

@@ -7,8 +7,6 @@ test_vtd_dirty.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from conformance.drivers.dsa import SUCCESS, WQ_BLOCK, WQ_NO_ATS, Dsa
@@ -46,12 +44,10 @@ class Pair:
 
 
 @pytest.fixture(params=[WQ_BLOCK, WQ_BLOCK | WQ_NO_ATS], ids=["ats", "no_ats"])
-def pair(request: pytest.FixtureRequest, kernel: Backend, iommu: File, dsa: Dsa) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, kernel: Backend, iommu: File, dsa: Dsa, records: Buffer) -> Pair:
     if not request.param & WQ_NO_ATS and not has_ats(dsa.vfio):
         pytest.skip("the device has no ATS")
-    records = kernel.buffer(PAGE)
-    yield Pair(kernel, iommu, dsa, records, request.param)
-    records.close()
+    return Pair(kernel, iommu, dsa, records, request.param)
 
 
 def test_writes_with_a_pasid_are_in_its_own_table(pair: Pair) -> None:

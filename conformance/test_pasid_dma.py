@@ -30,13 +30,6 @@ pytestmark = [pytest.mark.since("7.3"), pytest.mark.needs("iommu", "root", "vfio
 
 
 @pytest.fixture
-def records(kernel: Backend) -> Iterator[Buffer]:
-    buffer = kernel.buffer(PAGE)
-    yield buffer
-    buffer.close()
-
-
-@pytest.fixture
 def spaces(kernel: Backend, iommu: File, dsa: Dsa, records: Buffer) -> Iterator[list[Space]]:
     """Three of them, attached to nothing."""
     made = [Space(kernel, iommu, dsa.vfio.devid, letter, records) for letter in (b"a", b"b", b"c")]

@@ -23,15 +23,12 @@ from conformance.drivers.dsa import (
     WQ_NO_ATS,
     WQ_NO_PRS,
     Dsa,
-    Queue,
 )
-from conformance.mock import answer_faults, fault_queue, read_faults
-from conformance.spaces import MORE, RECORDS, REFUSED, TARGET, Space, reached
+from conformance.mock import answer_faults, read_faults
+from conformance.spaces import MORE, REFUSED, TARGET, PasidFaults, reached
 from conformance.steps import PAGE, READ
 from uapi.backend import Backend, Buffer, File
 from uapi.iommufd import (
-    IOMMU_HWPT_ALLOC_PASID,
-    IOMMU_HWPT_FAULT_ID_VALID,
     IOMMU_PGFAULT_FLAGS_LAST_PAGE,
     IOMMU_PGFAULT_FLAGS_PASID_VALID,
     IOMMU_PGFAULT_PERM_READ,
@@ -40,7 +37,6 @@ from uapi.iommufd import (
 
 pytestmark = [pytest.mark.since("7.3"), pytest.mark.needs("iommu", "root", "vfio_cdev", "dsa", "pasid", "ats")]
 
-FAULT, PASID = IOMMU_HWPT_FAULT_ID_VALID, IOMMU_HWPT_ALLOC_PASID
 TO_READ, TO_WRITE = IOMMU_PGFAULT_PERM_READ, IOMMU_PGFAULT_PERM_WRITE
 #: A flag of the kernel's own that VT-d's driver sets and clients see: the answer has to carry the PASID.
 NEEDS_PASID = 1 << 2
@@ -48,36 +44,16 @@ GO_ON, INVALID = 0, 1
 ENGINES = 4
 
 
-class Setting:
-    """A fault queue and a space that reports to it, on PASID 5; the device itself is attached to nothing."""
-
-    def __init__(self, kernel: Backend, iommu: File, dsa: Dsa, records: Buffer) -> None:
-        self.kernel, self.iommu, self.dsa, self.records = kernel, iommu, dsa, records
-        self.fault, self.file = fault_queue(kernel, iommu)
-        self.space = Space(kernel, iommu, dsa.vfio.devid, b"s", records, FAULT | PASID, fault_id=self.fault)
-        dsa.vfio.attach_pasid(5, self.space.hwpt)
-
-    def queue(self, index: int = 0, pasid: int | None = 5, flags: int = WQ_BLOCK) -> Queue:
-        return self.dsa.queue(index, pasid, flags).record_in(self.records, RECORDS)
-
-
 @pytest.fixture
-def records(kernel: Backend) -> Iterator[Buffer]:
-    buffer = kernel.buffer(PAGE)
-    yield buffer
-    buffer.close()
-
-
-@pytest.fixture
-def asking(kernel: Backend, iommu: File, asking_dsa: Dsa, records: Buffer) -> Iterator[Setting]:
-    made = Setting(kernel, iommu, asking_dsa, records)
+def asking(kernel: Backend, iommu: File, asking_dsa: Dsa, records: Buffer) -> Iterator[PasidFaults]:
+    made = PasidFaults(kernel, iommu, asking_dsa, records)
     yield made
     made.file.close()
 
 
 @pytest.fixture
-def silent(kernel: Backend, iommu: File, ats_dsa: Dsa, records: Buffer) -> Iterator[Setting]:
-    made = Setting(kernel, iommu, ats_dsa, records)
+def silent(kernel: Backend, iommu: File, ats_dsa: Dsa, records: Buffer) -> Iterator[PasidFaults]:
+    made = PasidFaults(kernel, iommu, ats_dsa, records)
     yield made
     made.file.close()
 
@@ -86,7 +62,7 @@ def silent(kernel: Backend, iommu: File, ats_dsa: Dsa, records: Buffer) -> Itera
 
 
 @pytest.mark.needs("pri")
-def test_the_address_is_the_pages_and_the_access_what_was_tried(asking: Setting) -> None:
+def test_the_address_is_the_pages_and_the_access_what_was_tried(asking: PasidFaults) -> None:
     queue = asking.queue()
     for source, target, perm in ((MORE + 0x123, TARGET, TO_READ), (TARGET, MORE + PAGE + 0xFF8, TO_WRITE)):
         queue.submit(MOVE, source, target, 8)
@@ -97,7 +73,7 @@ def test_the_address_is_the_pages_and_the_access_what_was_tried(asking: Setting)
 
 
 @pytest.mark.needs("pri")
-def test_each_group_has_a_number_of_its_own_while_it_waits(asking: Setting) -> None:
+def test_each_group_has_a_number_of_its_own_while_it_waits(asking: PasidFaults) -> None:
     queue = asking.queue()
     jobs = [queue.submit(FILL, n, MORE + n % 4 * PAGE, 8) for n in range(ENGINES + 2)]
     faults = read_faults(asking.file)
@@ -110,7 +86,7 @@ def test_each_group_has_a_number_of_its_own_while_it_waits(asking: Setting) -> N
 
 
 @pytest.mark.needs("pri")
-def test_an_invalid_answer_is_told_as_such_and_the_next_request_is_taken(asking: Setting) -> None:
+def test_an_invalid_answer_is_told_as_such_and_the_next_request_is_taken(asking: PasidFaults) -> None:
     queue = asking.queue()
     for _ in range(2):
         job = queue.submit(FILL, 0, MORE + 8, 8)
@@ -122,7 +98,7 @@ def test_an_invalid_answer_is_told_as_such_and_the_next_request_is_taken(asking:
 
 @pytest.mark.needs("pri")
 @pytest.mark.parametrize("flags", [WQ_BLOCK | WQ_NO_PRS, WQ_BLOCK | WQ_NO_ATS], ids=["no_requests", "no_ats"])
-def test_a_queue_without_them_is_refused_and_reports_nothing(asking: Setting, flags: int) -> None:
+def test_a_queue_without_them_is_refused_and_reports_nothing(asking: PasidFaults, flags: int) -> None:
     job = asking.queue(0, 5, flags).submit(FILL, 0, MORE, 8)
     assert job.wait().status & ~ON_WRITE in REFUSED
     assert asking.file.read(40) == b""
@@ -131,7 +107,7 @@ def test_a_queue_without_them_is_refused_and_reports_nothing(asking: Setting, fl
 
 
 @pytest.mark.needs("pri")
-def test_the_translation_that_the_device_keeps_goes_with_the_page(asking: Setting) -> None:
+def test_the_translation_that_the_device_keeps_goes_with_the_page(asking: PasidFaults) -> None:
     """After the page has been there and has gone, the device asks for it again."""
     space, queue = asking.space, asking.queue()
     for round_ in range(3):
@@ -145,7 +121,7 @@ def test_the_translation_that_the_device_keeps_goes_with_the_page(asking: Settin
 
 
 @pytest.mark.needs("pri")
-def test_a_table_that_may_only_be_read_is_asked_for_to_write(asking: Setting) -> None:
+def test_a_table_that_may_only_be_read_is_asked_for_to_write(asking: PasidFaults) -> None:
     space, queue = asking.space, asking.queue()
     space.map_more(0, 1, READ)
     assert queue.move(MORE, TARGET, 8).status == SUCCESS
@@ -158,14 +134,14 @@ def test_a_table_that_may_only_be_read_is_asked_for_to_write(asking: Setting) ->
 
 
 @pytest.mark.needs("pri")
-def test_beyond_48_bits_the_driver_refuses_without_asking_anybody(asking: Setting) -> None:
+def test_beyond_48_bits_the_driver_refuses_without_asking_anybody(asking: PasidFaults) -> None:
     job = asking.queue().submit(FILL, 0, 1 << 50, 8)
     assert job.wait().status & ~ON_WRITE in (REFUSED_PAGE, *REFUSED)
     assert asking.file.read(40) == b""
 
 
 @pytest.mark.needs("pri")
-def test_the_interface_is_on_again_after_a_reset(asking: Setting) -> None:
+def test_the_interface_is_on_again_after_a_reset(asking: PasidFaults) -> None:
     first = asking.queue().submit(FILL, 0, MORE, 8)
     (fault,) = read_faults(asking.file)
     asking.dsa.vfio.reset()
@@ -184,7 +160,7 @@ def test_the_interface_is_on_again_after_a_reset(asking: Setting) -> None:
 
 @pytest.mark.needs("smmuv3")
 @pytest.mark.parametrize("pasid", [5, None])
-def test_behind_an_smmuv3_the_device_is_told_that_the_page_is_not_there(silent: Setting, pasid: int | None) -> None:
+def test_behind_an_smmuv3_the_device_is_told_that_the_page_is_not_there(silent: PasidFaults, pasid: int | None) -> None:
     """It may not ask for it: the driver leaves its page requests off, so that it has to report the fault itself."""
     if pasid is None:
         silent.dsa.vfio.attach(silent.space.hwpt)

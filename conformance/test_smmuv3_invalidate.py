@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Iterator
 
 import pytest
 
 from conformance.arena import arena
 from conformance.drivers.edu import Edu
-from conformance.drivers.vfio import VfioDevice
+from conformance.drivers.fixtures import idle_edu
 from conformance.steps import NOWHERE, PAGE, U32_MAX, answer, destroy, fails, place
 from conformance.vsmmu import (
     ATC_INV,
@@ -39,7 +38,7 @@ from conformance.vsmmu import (
     viommu_alloc,
     vmid,
 )
-from uapi.backend import Backend, File
+from uapi.backend import File
 from uapi.iommufd import IOMMU_HWPT_INVALIDATE
 
 pytestmark = [
@@ -53,23 +52,16 @@ SIZE = 4
 OK = (NSNH_ALL, 0)
 BAD = (SYNC, 0)
 
-
-@pytest.fixture
-def guest(kernel: Backend, iommu: File, device: VfioDevice) -> Iterator[Guest]:
-    made = Guest(kernel, iommu, device)
-    made.write(A, b"aaaa")
-    made.write(B, b"bbbb")
-    made.map(IOVA, made.page(A))
-    made.map(OUT, made.page(C))
-    yield made
-    made.close()
+edu = idle_edu
 
 
 @pytest.fixture
-def edu(device: VfioDevice) -> Iterator[Edu]:
-    driver = Edu(device)
-    yield driver
-    driver.remove()
+def guest(smmu_guest: Guest) -> Guest:
+    smmu_guest.write(A, b"aaaa")
+    smmu_guest.write(B, b"bbbb")
+    smmu_guest.map(IOVA, smmu_guest.page(A))
+    smmu_guest.map(OUT, smmu_guest.page(C))
+    return smmu_guest
 
 
 def done(guest: Guest, *commands: tuple[int, int], viommu: int = 0, **fields: int) -> tuple[int, int]:

@@ -7,12 +7,10 @@ and tables are in its memory (conformance/vsmmu.py); what a change there does be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from conformance.drivers.edu import Edu, signals
-from conformance.drivers.vfio import VfioDevice
+from conformance.drivers.fixtures import idle_edu
 from conformance.steps import PAGE, destroy, hwpt_alloc, map_user, unmap
 from conformance.vsmmu import (
     ABORT,
@@ -39,7 +37,7 @@ from conformance.vsmmu import (
     sid,
     viommu_alloc,
 )
-from uapi.backend import Backend, File
+from uapi.backend import File
 
 pytestmark = [
     pytest.mark.needs("iommu", "root", "vfio_cdev", "dma_device", "smmuv3", "nesting"),
@@ -52,23 +50,15 @@ IOVA, A, B, C = 0x12_3456_7000, 16, 17, 18
 #: Bytes of a transfer: more than one register's width would be split by some units when it is refused.
 SIZE = 4
 
-
-@pytest.fixture
-def guest(kernel: Backend, iommu: File, device: VfioDevice) -> Iterator[Guest]:
-    made = Guest(kernel, iommu, device)
-    made.write(A, b"aaaa")
-    made.write(B, b"bbbb")
-    made.write(C, b"cccc")
-    yield made
-    made.close()
+edu = idle_edu
 
 
 @pytest.fixture
-def edu(device: VfioDevice) -> Iterator[Edu]:
-    """The device's driver; the device is attached to nothing yet."""
-    driver = Edu(device)
-    yield driver
-    driver.remove()
+def guest(smmu_guest: Guest) -> Guest:
+    smmu_guest.write(A, b"aaaa")
+    smmu_guest.write(B, b"bbbb")
+    smmu_guest.write(C, b"cccc")
+    return smmu_guest
 
 
 def fetch(guest: Guest, edu: Edu, iova: int, page: int = C) -> bytes:

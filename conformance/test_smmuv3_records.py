@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import select
 import struct
-from collections.abc import Iterator
 
 import pytest
 
 from conformance.drivers.edu import Edu
-from conformance.drivers.vfio import VfioDevice
+from conformance.drivers.fixtures import idle_edu
 from conformance.vsmmu import (
     C_BAD_CD,
     C_BAD_STE,
@@ -31,7 +30,7 @@ from conformance.vsmmu import (
     sid,
     unit,
 )
-from uapi.backend import Backend, File
+from uapi.backend import File
 
 pytestmark = [
     pytest.mark.needs("iommu", "root", "vfio_cdev", "dma_device", "smmuv3", "nesting"),
@@ -44,21 +43,14 @@ INPUT = 2 << 40
 BEFORE = b"\xa5\x5a\xc3\x3c"
 CONFIGURATION = (C_BAD_STE, C_BAD_CD)
 
-
-@pytest.fixture
-def guest(kernel: Backend, iommu: File, device: VfioDevice) -> Iterator[Guest]:
-    made = Guest(kernel, iommu, device)
-    made.write(A, BEFORE)
-    made.map(IOVA, made.page(A))
-    yield made
-    made.close()
+edu = idle_edu
 
 
 @pytest.fixture
-def edu(device: VfioDevice) -> Iterator[Edu]:
-    driver = Edu(device)
-    yield driver
-    driver.remove()
+def guest(smmu_guest: Guest) -> Guest:
+    smmu_guest.write(A, BEFORE)
+    smmu_guest.map(IOVA, smmu_guest.page(A))
+    return smmu_guest
 
 
 @pytest.fixture

@@ -101,13 +101,6 @@ class Setting:
 
 
 @pytest.fixture
-def records(kernel: Backend) -> Iterator[Buffer]:
-    buffer = kernel.buffer(PAGE)
-    yield buffer
-    buffer.close()
-
-
-@pytest.fixture
 def setting(kernel: Backend, iommu: File, dsa: Dsa, records: Buffer) -> Iterator[Setting]:
     made = Setting(kernel, iommu, dsa, records)
     yield made

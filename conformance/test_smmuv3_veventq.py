@@ -10,12 +10,11 @@ from __future__ import annotations
 import errno
 import select
 import struct
-from collections.abc import Iterator
 
 import pytest
 
 from conformance.drivers.edu import Edu
-from conformance.drivers.vfio import VfioDevice
+from conformance.drivers.fixtures import idle_edu, smmu_guest
 from conformance.steps import PAGE, U32_MAX, answer, destroy, fails, hwpt_alloc, map_user
 from conformance.vsmmu import (
     ABORT,
@@ -67,19 +66,7 @@ SIZE = 4
 #: Of the second word: the read bit, and the class "the request's own address".
 READ, INPUT, TABLE_WALK = 1 << 35, 2 << 40, 1 << 40
 
-
-@pytest.fixture
-def guest(kernel: Backend, iommu: File, device: VfioDevice) -> Iterator[Guest]:
-    made = Guest(kernel, iommu, device)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def edu(device: VfioDevice) -> Iterator[Edu]:
-    driver = Edu(device)
-    yield driver
-    driver.remove()
+guest, edu = smmu_guest, idle_edu
 
 
 @pytest.fixture

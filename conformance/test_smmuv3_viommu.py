@@ -8,10 +8,10 @@ arm_smmu_validate_vste() and arm_smmu_attach_dev_nested() behind them. What devi
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 
 import pytest
 
+from conformance.drivers.fixtures import smmu_guest
 from conformance.drivers.vfio import VfioDevice
 from conformance.steps import (
     NOWHERE,
@@ -72,12 +72,7 @@ SMMUV3, TEGRA = IOMMU_VIOMMU_TYPE_ARM_SMMUV3, IOMMU_VIOMMU_TYPE_TEGRA241_CMDQV
 NEST, PASID, DIRTY = IOMMU_HWPT_ALLOC_NEST_PARENT, IOMMU_HWPT_ALLOC_PASID, IOMMU_HWPT_ALLOC_DIRTY_TRACKING
 FAULT = IOMMU_HWPT_FAULT_ID_VALID
 
-
-@pytest.fixture
-def guest(kernel: Backend, iommu: File, device: VfioDevice) -> Iterator[Guest]:
-    made = Guest(kernel, iommu, device)
-    yield made
-    made.close()
+guest = smmu_guest
 
 
 # -- page tables of the host -----------------------------------------------------------------------------------------

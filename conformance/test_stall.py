@@ -12,16 +12,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from conformance.drivers.dsa import FILL, HARDWARE, MOVE, ON_WRITE, SUCCESS, WQ_BLOCK, WQ_PRIVILEGED, Dsa, Queue
-from conformance.mock import answer_faults, fault_queue, read_faults
+from conformance.drivers.dsa import FILL, HARDWARE, MOVE, ON_WRITE, SUCCESS, WQ_BLOCK, WQ_PRIVILEGED, Dsa
+from conformance.mock import answer_faults, read_faults
 from conformance.mock_dirty import get_dirty, set_tracking
-from conformance.spaces import MORE, NAME, RECORDS, TARGET, Space, is_shut_out, reached
+from conformance.spaces import MORE, NAME, TARGET, PasidFaults, is_shut_out, reached
 from conformance.steps import PAGE, fails, hwpt_alloc
 from uapi.backend import Backend, Buffer, File
 from uapi.iommufd import (
     IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
     IOMMU_HWPT_ALLOC_NEST_PARENT,
-    IOMMU_HWPT_ALLOC_PASID,
     IOMMU_HWPT_FAULT_ID_VALID,
     IOMMU_PGFAULT_FLAGS_LAST_PAGE,
     IOMMU_PGFAULT_FLAGS_PASID_VALID,
@@ -32,35 +31,20 @@ from uapi.iommufd import (
 
 pytestmark = [pytest.mark.since("7.3"), pytest.mark.needs("iommu", "root", "vfio_cdev", "dsa", "pasid", "stall")]
 
-FAULT, PASID, DIRTY = IOMMU_HWPT_FAULT_ID_VALID, IOMMU_HWPT_ALLOC_PASID, IOMMU_HWPT_ALLOC_DIRTY_TRACKING
+FAULT, DIRTY = IOMMU_HWPT_FAULT_ID_VALID, IOMMU_HWPT_ALLOC_DIRTY_TRACKING
 TO_READ, TO_WRITE = IOMMU_PGFAULT_PERM_READ, IOMMU_PGFAULT_PERM_WRITE
 #: Engines of the device: so many descriptors can wait, and those behind them are not begun.
 ENGINES = 4
 
 
-class Setting:
-    """A fault queue and a space that reports to it, on PASID 5; the device itself is attached to nothing."""
-
-    def __init__(self, kernel: Backend, iommu: File, dsa: Dsa, records: Buffer, flags: int = 0) -> None:
-        self.kernel, self.iommu, self.dsa, self.records = kernel, iommu, dsa, records
-        self.fault, self.file = fault_queue(kernel, iommu)
-        self.space = Space(kernel, iommu, dsa.vfio.devid, b"s", records, FAULT | PASID | flags, fault_id=self.fault)
-        dsa.vfio.attach_pasid(5, self.space.hwpt)
-
-    def queue(self, index: int = 0, pasid: int | None = 5, flags: int = WQ_BLOCK) -> Queue:
-        return self.dsa.queue(index, pasid, flags).record_in(self.records, RECORDS)
-
-
 @pytest.fixture
-def setting(kernel: Backend, iommu: File, stalling_dsa: Dsa) -> Iterator[Setting]:
-    records = kernel.buffer(PAGE)
-    made = Setting(kernel, iommu, stalling_dsa, records)
+def setting(kernel: Backend, iommu: File, stalling_dsa: Dsa, records: Buffer) -> Iterator[PasidFaults]:
+    made = PasidFaults(kernel, iommu, stalling_dsa, records)
     yield made
     made.file.close()
-    records.close()
 
 
-def test_the_address_is_that_of_the_request(setting: Setting) -> None:
+def test_the_address_is_that_of_the_request(setting: PasidFaults) -> None:
     queue = setting.queue()
     for source, target, address, perm in (
         (MORE + 0x123, TARGET, MORE + 0x123, TO_READ),
@@ -76,13 +60,13 @@ def test_the_address_is_that_of_the_request(setting: Setting) -> None:
         answer_faults(setting.file, fault.cookie, code=1)
 
 
-def test_a_privileged_request_says_so(setting: Setting) -> None:
+def test_a_privileged_request_says_so(setting: PasidFaults) -> None:
     setting.queue(flags=WQ_BLOCK | WQ_PRIVILEGED).submit(FILL, 0, MORE, 8)
     (fault,) = read_faults(setting.file)
     assert fault.perm == TO_WRITE | IOMMU_PGFAULT_PERM_PRIV
 
 
-def test_each_has_a_token_of_its_own_while_it_waits(setting: Setting) -> None:
+def test_each_has_a_token_of_its_own_while_it_waits(setting: PasidFaults) -> None:
     queue = setting.queue()
     jobs = [queue.submit(FILL, n, MORE + n % 4 * PAGE + 8 * n, 8) for n in range(ENGINES + 2)]
     faults = read_faults(setting.file)
@@ -94,7 +78,7 @@ def test_each_has_a_token_of_its_own_while_it_waits(setting: Setting) -> None:
     assert setting.file.read(40) == b""  # those behind them found their pages
 
 
-def test_an_aborted_request_is_no_word_about_pages(setting: Setting) -> None:
+def test_an_aborted_request_is_no_word_about_pages(setting: PasidFaults) -> None:
     """The device sees its request fail, as it would have without waiting."""
     job = setting.queue().submit(FILL, 0, MORE, 8)
     (fault,) = read_faults(setting.file)
@@ -102,13 +86,13 @@ def test_an_aborted_request_is_no_word_about_pages(setting: Setting) -> None:
     assert job.wait().status == HARDWARE | ON_WRITE
 
 
-def test_a_pasid_that_is_attached_to_nothing_does_not_stall(setting: Setting) -> None:
+def test_a_pasid_that_is_attached_to_nothing_does_not_stall(setting: PasidFaults) -> None:
     assert is_shut_out(setting.queue(1, 6), setting.dsa)
     assert is_shut_out(setting.queue(2, None), setting.dsa)
     assert setting.file.read(40) == b""
 
 
-def test_stage_2_stalls_too_and_nobody_is_told(setting: Setting) -> None:
+def test_stage_2_stalls_too_and_nobody_is_told(setting: PasidFaults) -> None:
     """A nesting parent has no fault queue: the driver ends what stalls."""
     setting.dsa.vfio.detach_pasid(5)
     with fails(errno.EOPNOTSUPP):
@@ -127,9 +111,10 @@ def test_stage_2_stalls_too_and_nobody_is_told(setting: Setting) -> None:
     assert setting.file.read(40) == b""
 
 
-def test_the_page_that_comes_is_dirty_when_the_request_goes_on(kernel: Backend, iommu: File, stalling_dsa: Dsa) -> None:
-    records = kernel.buffer(PAGE)
-    setting = Setting(kernel, iommu, stalling_dsa, records, DIRTY)
+def test_the_page_that_comes_is_dirty_when_the_request_goes_on(
+    kernel: Backend, iommu: File, stalling_dsa: Dsa, records: Buffer
+) -> None:
+    setting = PasidFaults(kernel, iommu, stalling_dsa, records, DIRTY)
     space = setting.space
     set_tracking(iommu, space.hwpt)
     job = setting.queue().submit(FILL, 0x5A, MORE + PAGE, 8)
@@ -140,10 +125,9 @@ def test_the_page_that_comes_is_dirty_when_the_request_goes_on(kernel: Backend, 
     assert job.wait().status == SUCCESS
     assert get_dirty(iommu, space.hwpt, MORE, 4 * PAGE) == 0b10
     setting.file.close()
-    records.close()
 
 
-def test_what_stalls_when_the_device_goes_is_aborted(setting: Setting) -> None:
+def test_what_stalls_when_the_device_goes_is_aborted(setting: PasidFaults) -> None:
     """Without a word of its client, whose queue forgets it."""
     setting.queue().submit(FILL, 0x5A5A5A5A5A5A5A5A, MORE, 8)
     assert setting.file.poll(1) == 1

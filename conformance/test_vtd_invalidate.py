@@ -14,7 +14,7 @@ import pytest
 
 from conformance.arena import arena
 from conformance.drivers.edu import Edu
-from conformance.drivers.vfio import VfioDevice
+from conformance.drivers.fixtures import vtd_guest
 from conformance.steps import NOWHERE, PAGE, U32_MAX, U64_MAX, MiB, answer, fails
 from conformance.vtd_guest import ENTRY_LENGTH, Guest, entries, flush, invalidation
 from uapi.backend import Backend, File
@@ -32,13 +32,7 @@ VA = 0x4000_0000
 PATTERN, OLD = bytes(range(256)), b"\xa5" * 256
 GOOD = entries((PAGE, 1))
 
-
-@pytest.fixture
-def guest(kernel: Backend, iommu: File, device: VfioDevice, ioas: int) -> Iterator[Guest]:
-    """A guest of the bound, not attached device."""
-    guest = Guest(kernel, iommu, device, ioas)
-    yield guest
-    guest.buffer.close()
+guest = vtd_guest
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import pytest
 
 from conformance.arena import arena
 from conformance.drivers.edu import Edu
+from conformance.drivers.fixtures import vtd_guest
 from conformance.drivers.vfio import VfioDevice
 from conformance.steps import (
     NOWHERE,
@@ -59,13 +60,7 @@ VA, DATA = 0x4000_0000, Guest.page(-1)
 PATTERN, OLD = bytes(range(256)), b"\xa5" * 256
 MSI_WINDOW = 0xFEE0_0000
 
-
-@pytest.fixture
-def guest(kernel: Backend, iommu: File, device: VfioDevice, ioas: int) -> Iterator[Guest]:
-    """A guest of the bound, not attached device; device 1, IOAS 2, parent 3."""
-    guest = Guest(kernel, iommu, device, ioas)
-    yield guest
-    guest.buffer.close()
+guest = vtd_guest
 
 
 @pytest.fixture

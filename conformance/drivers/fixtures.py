@@ -24,8 +24,10 @@ from conformance.dsa_offers import (
 )
 from conformance.layout import LAYOUT, Layout
 from conformance.mock import Reporting, reporting_device
-from conformance.steps import ioas_alloc
-from uapi.backend import Backend, File
+from conformance.steps import PAGE, ioas_alloc
+from conformance.vsmmu import Guest as SmmuGuest
+from conformance.vtd_guest import Guest as VtdGuest
+from uapi.backend import Backend, Buffer, File
 
 #: Where the first edu device is, by kernel: the walk through sysfs costs more than a bind.
 _address: dict[tuple[str, str], str] = {}
@@ -75,6 +77,30 @@ def edu(device: VfioDevice, ioas: int) -> Iterator[Edu]:
     driver.remove()
 
 
+@pytest.fixture
+def idle_edu(device: VfioDevice) -> Iterator[Edu]:
+    """The edu device's driver, probed; the device is attached to nothing. A file's `edu = idle_edu` takes it."""
+    driver = Edu(device)
+    yield driver
+    driver.remove()
+
+
+@pytest.fixture
+def smmu_guest(kernel: Backend, iommu: File, device: VfioDevice) -> Iterator[SmmuGuest]:
+    """A guest with a vIOMMU for the edu device, which is attached to nothing."""
+    guest = SmmuGuest(kernel, iommu, device)
+    yield guest
+    guest.close()
+
+
+@pytest.fixture
+def vtd_guest(kernel: Backend, iommu: File, device: VfioDevice, ioas: int) -> Iterator[VtdGuest]:
+    """A guest with the edu device, which is attached to nothing: device 1, IOAS 2, parent 3."""
+    guest = VtdGuest(kernel, iommu, device, ioas)
+    yield guest
+    guest.buffer.close()
+
+
 def _dsa(kernel: Backend, iommu: File, ask: Ask) -> Iterator[Dsa]:
     """The driver of the first DSA that lacks nothing, bound to `iommu` with object id 1, attached to nothing."""
     inner = getattr(kernel, "inner", kernel)
@@ -122,6 +148,14 @@ def asking_dsa(kernel: Backend, iommu: File) -> Iterator[Dsa]:
 def waiting_dsa(kernel: Backend, iommu: File) -> Iterator[Dsa]:
     """One whose requests wait for its client, whichever way."""
     yield from _dsa(kernel, iommu, lacks_waiting)
+
+
+@pytest.fixture
+def records(kernel: Backend) -> Iterator[Buffer]:
+    """A page for a DSA's completion records."""
+    buffer = kernel.buffer(PAGE)
+    yield buffer
+    buffer.close()
 
 
 @pytest.fixture
