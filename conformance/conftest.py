@@ -30,7 +30,7 @@ from uapi.behaviours import BY_ID
 from uapi.decode import render_all
 from uapi.trace import RecordedFile, Recorder
 
-pytest_plugins = ["conformance.drivers.fixtures"]
+pytest_plugins = ["conformance.drivers.fixtures", "conformance.tracked"]
 
 #: For the test that runs now; the report hook empties it.
 _RECORDER = pytest.StashKey[Recorder]()

@@ -14,16 +14,13 @@ from conformance.dsa_offers import has_ats
 from conformance.mock_dirty import get_dirty, set_tracking
 from conformance.spaces import MORE, RECORDS, TARGET, Space
 from conformance.steps import PAGE
+from conformance.tracked import bits
 from uapi.backend import Backend, Buffer, File
 from uapi.iommufd import IOMMU_HWPT_ALLOC_DIRTY_TRACKING, IOMMU_HWPT_ALLOC_PASID
 
 pytestmark = [pytest.mark.since("7.3"), pytest.mark.needs("iommu", "root", "vfio_cdev", "dsa", "pasid", "dirty")]
 
 DIRTY, PASID = IOMMU_HWPT_ALLOC_DIRTY_TRACKING, IOMMU_HWPT_ALLOC_PASID
-
-
-def bits(*pages: int) -> int:
-    return sum(1 << page for page in pages)
 
 
 class Pair:

@@ -10,7 +10,6 @@ test_dirty.py; DMA with PASIDs is in test_pasid_dirty.py.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 
 import pytest
 
@@ -18,6 +17,7 @@ from conformance.drivers.edu import Edu
 from conformance.drivers.vfio import VfioDevice
 from conformance.mock_dirty import get_dirty, set_tracking
 from conformance.steps import PAGE, READ, MiB, destroy, fails, hwpt_alloc, map_user, option_set, unmap
+from conformance.tracked import COUNT, IOVA, bits, dirty
 from uapi.backend import Backend, Buffer, File
 from uapi.iommufd import (
     IOMMU_GET_HW_INFO,
@@ -30,34 +30,6 @@ from uapi.iommufd import (
 pytestmark = [pytest.mark.since("7.3"), pytest.mark.needs("iommu", "root", "vfio_cdev", "smmuv3", "dirty")]
 
 DIRTY, PASID = IOMMU_HWPT_ALLOC_DIRTY_TRACKING, IOMMU_HWPT_ALLOC_PASID
-IOVA, COUNT = 0x10_0000, 64
-
-
-@pytest.fixture
-def memory(kernel: Backend) -> Iterator[Buffer]:
-    """COUNT pages of the client."""
-    buffer = kernel.buffer(COUNT * PAGE)
-    yield buffer
-    buffer.close()
-
-
-@pytest.fixture
-def tracked(iommu: File, edu: Edu, ioas: int, memory: Buffer) -> int:
-    """A HWPT with dirty tracking, switched on, COUNT pages mapped at IOVA, and the device attached to it."""
-    map_user(iommu, ioas, memory.address, COUNT * PAGE, IOVA)
-    hwpt = hwpt_alloc(iommu, edu.vfio.devid, ioas, DIRTY)
-    edu.vfio.attach(hwpt)
-    set_tracking(iommu, hwpt)
-    return hwpt
-
-
-def bits(*pages: int) -> int:
-    return sum(1 << page for page in pages)
-
-
-def dirty(iommu: File, hwpt: int, clear: bool = True) -> int:
-    """The dirty pages of [IOVA, IOVA + COUNT pages)."""
-    return get_dirty(iommu, hwpt, IOVA, COUNT * PAGE, clear=clear)
 
 
 # -- what is there ---------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from conformance.drivers.edu import Edu
 from conformance.drivers.vfio import VfioDevice
 from conformance.mock_dirty import get_dirty, set_tracking
 from conformance.steps import PAGE, READ, MiB, destroy, fails, hwpt_alloc, ioas_alloc, map_user, unmap
+from conformance.tracked import COUNT, IOVA, bits, dirty
 from conformance.vtd_guest import GPA, PAGES, RW, US, Guest, P
 from uapi.backend import Backend, Buffer, File
 from uapi.iommufd import (
@@ -31,35 +32,7 @@ pytestmark = [pytest.mark.since("7.3"), pytest.mark.needs("iommu", "root", "vfio
 
 DIRTY, NEST_PARENT = IOMMU_HWPT_ALLOC_DIRTY_TRACKING, IOMMU_HWPT_ALLOC_NEST_PARENT
 PASID, FAULT = IOMMU_HWPT_ALLOC_PASID, IOMMU_HWPT_FAULT_ID_VALID
-IOVA, COUNT = 0x10_0000, 64
 VA = 0x4000_0000
-
-
-@pytest.fixture
-def memory(kernel: Backend) -> Iterator[Buffer]:
-    """COUNT pages of the client."""
-    buffer = kernel.buffer(COUNT * PAGE)
-    yield buffer
-    buffer.close()
-
-
-@pytest.fixture
-def tracked(iommu: File, edu: Edu, ioas: int, memory: Buffer) -> int:
-    """A HWPT with dirty tracking, switched on, COUNT pages mapped at IOVA, and the device attached to it."""
-    map_user(iommu, ioas, memory.address, COUNT * PAGE, IOVA)
-    hwpt = hwpt_alloc(iommu, edu.vfio.devid, ioas, DIRTY)
-    edu.vfio.attach(hwpt)
-    set_tracking(iommu, hwpt)
-    return hwpt
-
-
-def bits(*pages: int) -> int:
-    return sum(1 << page for page in pages)
-
-
-def dirty(iommu: File, hwpt: int, clear: bool = True) -> int:
-    """The dirty pages of [IOVA, IOVA + COUNT pages)."""
-    return get_dirty(iommu, hwpt, IOVA, COUNT * PAGE, clear=clear)
 
 
 # -------------------------------------------------------------------------------------------------------- what is there
