@@ -145,51 +145,41 @@ def test_interrupt_of_a_cleared_vector_is_a_dma_of_zeros_to_0(
     buffer.close()
 
 
-@remapped
-def test_function_interrupts_by_writing_its_message_itself(
-    kernel: Backend, plain: Backend, edu: Edu, iommu: File, ioas: int
-) -> None:
+@pytest.fixture
+def armed(kernel: Backend, edu: Edu, iommu: File, ioas: int) -> Iterator[int]:
+    """The eventfd of edu's MSI, which is on; what edu sends by DMA is zeros, the data of every remappable message."""
     eventfd = edu.enable_msi()
     zeros = kernel.buffer(PAGE)
     map_user(iommu, ioas, zeros.address, PAGE, PAGE)
     edu.load(PAGE, 4)
-    edu.store(held(plain, edu.vfio.address).address, 4)
-    assert signals(eventfd) == 1
+    yield eventfd
     zeros.close()
 
 
 @remapped
-def test_function_that_names_another_entry_interrupts_nobody(
-    kernel: Backend, plain: Backend, edu: Edu, iommu: File, ioas: int
-) -> None:
-    eventfd = edu.enable_msi()
-    zeros = kernel.buffer(PAGE)
-    map_user(iommu, ioas, zeros.address, PAGE, PAGE)
-    edu.load(PAGE, 4)
+def test_function_interrupts_by_writing_its_message_itself(plain: Backend, edu: Edu, armed: int) -> None:
+    edu.store(held(plain, edu.vfio.address).address, 4)
+    assert signals(armed) == 1
+
+
+@remapped
+def test_function_that_names_another_entry_interrupts_nobody(plain: Backend, edu: Edu, armed: int) -> None:
     address = held(plain, edu.vfio.address).address
     for other in (address ^ 1 << 18, address ^ 1 << 2):
         edu.store(other, 4)
-    assert signals(eventfd, SILENCE) == 0
+    assert signals(armed, SILENCE) == 0
     edu.raise_irq(1)
-    assert signals(eventfd) == 1
+    assert signals(armed) == 1
     edu.acknowledge(1)
-    zeros.close()
 
 
 @remapped
-def test_message_of_an_earlier_time_interrupts_nobody(
-    kernel: Backend, plain: Backend, edu: Edu, iommu: File, ioas: int
-) -> None:
-    eventfd = edu.enable_msi()
-    zeros = kernel.buffer(PAGE)
-    map_user(iommu, ioas, zeros.address, PAGE, PAGE)
-    edu.load(PAGE, 4)
+def test_message_of_an_earlier_time_interrupts_nobody(plain: Backend, edu: Edu, armed: int) -> None:
     address = held(plain, edu.vfio.address).address
     edu.vfio.signal_on(MSI, [-1])
     edu.store(address, 4)
-    edu.vfio.signal_on(MSI, [eventfd])
-    assert signals(eventfd, SILENCE) == 0
+    edu.vfio.signal_on(MSI, [armed])
+    assert signals(armed, SILENCE) == 0
     edu.raise_irq(1)  # that it was refused is not remembered
-    assert signals(eventfd) == 1
+    assert signals(armed) == 1
     edu.acknowledge(1)
-    zeros.close()
