@@ -1,8 +1,8 @@
-"""What a bound device says of its IOMMU, and the page tables that are made for it: GET_HW_INFO and HWPT_ALLOC.
+"""What a bound device says of its IOMMU, and the page tables that are made for it: more of GET_HW_INFO and HWPT_ALLOC.
 
-Mirrors iommufd_get_hw_info() and hw_pagetable.c of drivers/iommu/iommufd with the VT-d driver behind them,
-or that of SMMUv3. What holds
-what, and what mappings do beside a domain, is in test_vfio_iommufd.
+Mirrors iommufd_get_hw_info() and hw_pagetable.c of drivers/iommu/iommufd with the VT-d driver behind them, or that of
+SMMUv3. The refusals, and what a reply has room for, are in test_hwpt_alloc; what holds what, and what mappings do
+beside a domain, in test_vfio_iommufd.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from conformance.drivers.vfio import VfioDevice
 from conformance.layout import Layout
 from conformance.steps import (
     NOWHERE,
-    PAGE,
-    U32_MAX,
     U64_MAX,
     destroy,
     fails,
@@ -33,14 +31,9 @@ from uapi.iommufd import (
     IOMMU_HW_INFO_TYPE_ARM_SMMUV3,
     IOMMU_HW_INFO_TYPE_INTEL_VTD,
     IOMMU_HWPT_ALLOC,
-    IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
-    IOMMU_HWPT_ALLOC_NEST_PARENT,
     IOMMU_HWPT_ALLOC_PASID,
-    IOMMU_HWPT_DATA_VTD_S1,
     IOMMU_HWPT_FAULT_ID_VALID,
-    IOMMU_HWPT_GET_DIRTY_BITMAP,
     IOMMU_HWPT_INVALIDATE,
-    IOMMU_HWPT_SET_DIRTY_TRACKING,
     iommu_hw_info_vtd,
     iommu_hwpt_invalidate,
 )
@@ -74,32 +67,6 @@ def test_hw_info_registers_are_those_of_the_unit(device: VfioDevice, iommu: File
     assert vtd.ecap_reg & 0x2  # queued invalidation
 
 
-@pytest.mark.needs("vtd")
-def test_hw_info_fills_what_fits(device: VfioDevice, iommu: File) -> None:
-    data = (ctypes.c_uint8 * 64)(*[0xA5] * 64)
-    info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=12, data_uptr=ctypes.addressof(data))
-    assert info.data_len == VTD_LENGTH
-    assert bytes(data[12:]) == b"\xa5" * 52
-
-
-@pytest.mark.needs("vtd")
-def test_hw_info_zeroes_the_room_behind_it(device: VfioDevice, iommu: File) -> None:
-    data = (ctypes.c_uint8 * 64)(*[0xA5] * 64)
-    info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=60, data_uptr=ctypes.addressof(data))
-    assert info.data_len == VTD_LENGTH
-    assert bytes(data[VTD_LENGTH:]) == bytes(60 - VTD_LENGTH) + b"\xa5" * 4
-
-
-@pytest.mark.needs("vtd")
-def test_hw_info_with_no_room_does_not_look_at_the_pointer(device: VfioDevice, iommu: File) -> None:
-    assert IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_uptr=NOWHERE).data_len == VTD_LENGTH
-
-
-def test_hw_info_to_bad_memory_is_efault(device: VfioDevice, iommu: File) -> None:
-    with fails(errno.EFAULT):
-        IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, data_len=VTD_LENGTH, data_uptr=NOWHERE)
-
-
 def test_hw_info_whose_padding_cannot_be_written_is_efault(device: VfioDevice, iommu: File) -> None:
     with arena(2) as memory:
         memory.unmap(1)
@@ -118,22 +85,6 @@ def test_hw_info_of_another_object_is_enoent(device: VfioDevice, iommu: File, io
 @pytest.mark.since("6.17")
 def test_hw_info_ignores_the_type_without_the_flag(device: VfioDevice, iommu: File) -> None:
     info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, in_data_type=IOMMU_HW_INFO_TYPE_ARM_SMMUV3)
-    assert info.out_data_type == IOMMU_HW_INFO_TYPE_INTEL_VTD
-
-
-@pytest.mark.needs("vtd")
-@pytest.mark.since("6.17")
-def test_hw_info_of_a_type_that_the_driver_lacks_is_eopnotsupp(device: VfioDevice, iommu: File) -> None:
-    for wanted in (IOMMU_HW_INFO_TYPE_ARM_SMMUV3, 99, U32_MAX):
-        with fails(errno.EOPNOTSUPP):
-            IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, flags=IOMMU_HW_INFO_FLAG_INPUT_TYPE, in_data_type=wanted)
-
-
-@pytest.mark.needs("vtd")
-@pytest.mark.since("6.17")
-@pytest.mark.parametrize("wanted", [0, IOMMU_HW_INFO_TYPE_INTEL_VTD], ids=["default", "vtd"])
-def test_hw_info_of_a_type_that_the_driver_has(device: VfioDevice, iommu: File, wanted: int) -> None:
-    info = IOMMU_GET_HW_INFO(iommu, dev_id=device.devid, flags=IOMMU_HW_INFO_FLAG_INPUT_TYPE, in_data_type=wanted)
     assert info.out_data_type == IOMMU_HW_INFO_TYPE_INTEL_VTD
 
 
@@ -177,52 +128,9 @@ def test_hwpt_alloc_takes_the_lowest_free_id(device: VfioDevice, iommu: File, io
     assert hwpt_alloc(iommu, device.devid, ioas) == 3
 
 
-@pytest.mark.parametrize("pt_id", [0, 99, U32_MAX])
-def test_hwpt_alloc_on_a_missing_page_table_is_einval(device: VfioDevice, iommu: File, pt_id: int) -> None:
-    with fails(errno.EINVAL):
-        hwpt_alloc(iommu, device.devid, pt_id)
-
-
-def test_hwpt_alloc_on_a_device_is_einval(device: VfioDevice, iommu: File) -> None:
-    with fails(errno.EINVAL):
-        hwpt_alloc(iommu, device.devid, device.devid)
-
-
-def test_hwpt_alloc_for_an_object_that_is_no_device_is_enoent(device: VfioDevice, iommu: File, ioas: int) -> None:
-    with fails(errno.ENOENT):
-        IOMMU_HWPT_ALLOC(iommu, dev_id=ioas, pt_id=ioas)
-
-
-@pytest.mark.parametrize("flags", [1 << 4, 1 << 31])
-def test_hwpt_alloc_with_an_unknown_flag_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int, flags: int) -> None:
-    with fails(errno.EOPNOTSUPP):
-        hwpt_alloc(iommu, device.devid, ioas, flags)
-
-
 def test_hwpt_alloc_looks_at_the_page_table_before_the_flags(device: VfioDevice, iommu: File) -> None:
     with fails(errno.EINVAL):
         hwpt_alloc(iommu, device.devid, 99, 1 << 31)
-
-
-@pytest.mark.needs("no_nesting")
-@pytest.mark.since("6.7")
-def test_hwpt_alloc_of_a_nest_parent_is_eopnotsupp_without_nesting(device: VfioDevice, iommu: File, ioas: int) -> None:
-    with fails(errno.EOPNOTSUPP):
-        hwpt_alloc(iommu, device.devid, ioas, IOMMU_HWPT_ALLOC_NEST_PARENT)
-
-
-@pytest.mark.needs("no_dirty")
-@pytest.mark.since("6.7")
-def test_hwpt_alloc_with_dirty_tracking_is_eopnotsupp_without_dirty_bits(
-    device: VfioDevice, iommu: File, ioas: int
-) -> None:
-    with fails(errno.EOPNOTSUPP):
-        hwpt_alloc(iommu, device.devid, ioas, IOMMU_HWPT_ALLOC_DIRTY_TRACKING)
-
-
-@pytest.mark.since("6.13")
-def test_hwpt_alloc_for_pasids_works_without_any(device: VfioDevice, iommu: File, ioas: int) -> None:
-    assert device.attach(hwpt_alloc(iommu, device.devid, ioas, IOMMU_HWPT_ALLOC_PASID)) == 3
 
 
 @pytest.mark.since("6.15")
@@ -237,55 +145,6 @@ def test_attach_of_a_pasid_to_a_device_without_them_succeeds(device: VfioDevice,
     destroy(iommu, hwpt)
 
 
-@pytest.mark.since("6.7")
-def test_hwpt_alloc_on_an_ioas_with_data_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int) -> None:
-    with fails(errno.EOPNOTSUPP):
-        IOMMU_HWPT_ALLOC(
-            iommu,
-            dev_id=device.devid,
-            pt_id=ioas,
-            data_type=IOMMU_HWPT_DATA_VTD_S1,
-            data_len=16,
-            data_uptr=NOWHERE,
-        )
-
-
-@pytest.mark.needs("vtd")
-@pytest.mark.since("6.7")
-def test_hwpt_alloc_nested_in_an_automatic_hwpt_is_einval(device: VfioDevice, iommu: File, ioas: int) -> None:
-    hwpt = device.attach(ioas)
-    with fails(errno.EINVAL):
-        IOMMU_HWPT_ALLOC(
-            iommu,
-            dev_id=device.devid,
-            pt_id=hwpt,
-            data_type=IOMMU_HWPT_DATA_VTD_S1,
-            data_len=16,
-            data_uptr=NOWHERE,
-        )
-
-
-@pytest.mark.needs("vtd")
-@pytest.mark.since("6.7")
-def test_hwpt_alloc_nested_in_a_hwpt_that_is_no_parent_is_einval(device: VfioDevice, iommu: File, ioas: int) -> None:
-    hwpt = hwpt_alloc(iommu, device.devid, ioas)
-    with fails(errno.EINVAL):
-        IOMMU_HWPT_ALLOC(
-            iommu,
-            dev_id=device.devid,
-            pt_id=hwpt,
-            data_type=IOMMU_HWPT_DATA_VTD_S1,
-            data_len=16,
-            data_uptr=NOWHERE,
-        )
-
-
-def test_hwpt_alloc_nested_without_data_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int) -> None:
-    hwpt = hwpt_alloc(iommu, device.devid, ioas)
-    with fails(errno.EOPNOTSUPP):
-        hwpt_alloc(iommu, device.devid, hwpt)
-
-
 @pytest.mark.has("fault-queue-on-paging-hwpt")
 def test_hwpt_alloc_with_a_fault_queue_that_is_missing_is_enoent(device: VfioDevice, iommu: File, ioas: int) -> None:
     with fails(errno.ENOENT):
@@ -293,12 +152,6 @@ def test_hwpt_alloc_with_a_fault_queue_that_is_missing_is_enoent(device: VfioDev
     assert hwpt_alloc(iommu, device.devid, ioas) == 3  # the failed one left no id and no reference
     destroy(iommu, 3)
     destroy(iommu, ioas)
-
-
-@pytest.mark.since("6.11")
-def test_hwpt_alloc_of_a_nest_parent_with_faults_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int) -> None:
-    with fails(errno.EOPNOTSUPP):
-        hwpt_alloc(iommu, device.devid, ioas, IOMMU_HWPT_FAULT_ID_VALID | IOMMU_HWPT_ALLOC_NEST_PARENT)
 
 
 @pytest.mark.since("6.11")
@@ -337,26 +190,6 @@ def test_hwpt_alloc_whose_reply_cannot_be_written_leaves_nothing(device: VfioDev
         with fails(errno.EFAULT):
             IOMMU_HWPT_ALLOC.raw(iommu, memory.address)
     destroy(iommu, ioas)
-
-
-# --------------------------------------------------------------------------------- what a HWPT without features refuses
-
-
-@pytest.mark.since("6.7")
-def test_set_dirty_tracking_of_a_hwpt_without_it_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int) -> None:
-    hwpt = hwpt_alloc(iommu, device.devid, ioas)
-    for flags in (0, 1):
-        with fails(errno.EOPNOTSUPP):
-            IOMMU_HWPT_SET_DIRTY_TRACKING(iommu, hwpt_id=hwpt, flags=flags)
-
-
-@pytest.mark.since("6.7")
-def test_get_dirty_bitmap_of_a_hwpt_without_tracking_is_eopnotsupp(device: VfioDevice, iommu: File, ioas: int) -> None:
-    hwpt = hwpt_alloc(iommu, device.devid, ioas)
-    with fails(errno.EOPNOTSUPP):
-        IOMMU_HWPT_GET_DIRTY_BITMAP(iommu, hwpt_id=hwpt, iova=0, length=PAGE, page_size=PAGE, data=NOWHERE)
-    with fails(errno.EINVAL):  # its own arguments come first
-        IOMMU_HWPT_GET_DIRTY_BITMAP(iommu, hwpt_id=hwpt, iova=0, length=PAGE, page_size=0, data=NOWHERE)
 
 
 @pytest.mark.since("6.13")  # before vIOMMUs it was ENOENT

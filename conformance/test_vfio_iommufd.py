@@ -59,14 +59,6 @@ def test_device_object_cannot_be_destroyed(device: VfioDevice, iommu: File, ioas
         destroy(iommu, device.devid)
 
 
-def test_ioas_cannot_be_destroyed_while_a_hwpt_uses_it(device: VfioDevice, iommu: File, ioas: int) -> None:
-    hwpt = hwpt_alloc(iommu, device.devid, ioas)
-    with fails(errno.EBUSY):
-        destroy(iommu, ioas)
-    destroy(iommu, hwpt)
-    destroy(iommu, ioas)
-
-
 def test_ioas_cannot_be_destroyed_while_attached(device: VfioDevice, iommu: File, ioas: int) -> None:
     device.attach(ioas)
     with fails(errno.EBUSY):
