@@ -1,8 +1,8 @@
 """What endpoints with ATS and PRI ask of the SMMU: translations, passage for translated requests, pages.
 
-Mirrors Arm IHI 0070: 3.9.1 (ATS), the field STE.EATS in 5.2, 13.6 (attributes of responses), chapter 8 (the PRI queue).
+Mirrors Arm IHI 0070: 3.9.1 (ATS), STE.EATS in 5.2, 13.6 and 13.7 (what is granted), chapter 8 (the PRI queue).
 A translation request that cannot be served is Unsupported Request or Completer Abort and leaves no record but
-F_BAD_ATS_TREQ; a page that is not there is a successful answer without rights.
+F_BAD_ATS_TREQ, unless CR2.REC_CFG_ATS asks for more; a page that is not there is a successful answer without rights.
 
 Left out: responses for more than one translation, and the distinction of UR from CA (both raise TranslationFault).
 """
@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fakedev.dma import EXECUTE, IDENTITY, NO_PASID, PRIVILEGED, READ, WRITE, DmaRequest, Run, TranslationFault
+from fakedev.dma import EXECUTE, NO_PASID, PRIVILEGED, READ, WRITE, DmaRequest, Run, TranslationFault
+from fakedev.pgtable.format import R, X
 from fakedev.smmuv3 import events
 from fakedev.smmuv3.config import Ste
-from fakedev.smmuv3.entries import EATS_FULL, EATS_NONE, EATS_SPLIT
+from fakedev.smmuv3.entries import EATS_FULL, EATS_NONE, EATS_SPLIT, OVERRIDE_CLEAR, OVERRIDE_SET
 from fakedev.smmuv3.events import Event
-from fakedev.smmuv3.lookup import ConfigurationError, StreamAborts
+from fakedev.smmuv3.lookup import ConfigurationError
 from fakedev.smmuv3.translate import AGAIN, LEAF_SHIFT, Refused, Stream, attributes
 from fakedev.tlp import PRG_FAILURE, PRG_SUCCESS, PageRequest, PageResponse, Translation
 
@@ -42,11 +43,17 @@ class Ats:
     # -- translation requests ----------------------------------------------------------------------------------------
 
     def request_translation(self, rid: int, pasid: int, address: int, access: int) -> Translation:
-        """The answer to a translation request for the page that holds `address`. Raises TranslationFault."""
+        """The answer to a translation request for the page that holds `address`. Raises TranslationFault.
+
+        Without a PASID it asks for unprivileged data (13.7).
+        """
         unit = self._unit
+        if pasid == NO_PASID:
+            access &= READ | WRITE
         request = DmaRequest(rid, pasid, address, 4096, access)
         if not unit.features.ats or not unit.enabled:
             raise self._disallowed(request)
+        ste = None
         try:
             ste = unit.configuration.ste(rid)
             if ste.aborts:
@@ -54,10 +61,19 @@ class Ats:
             eats = self._effective_eats(ste)
             if eats == EATS_NONE:
                 raise self._disallowed(request)
-            stream = unit.configuration.stream(rid, pasid)
+            return self._answer(unit.configuration.stream(rid, pasid), request, split=eats == EATS_SPLIT)
         except Refused as refused:
-            raise TranslationFault(f"{request!r}: translation request, {refused}") from None
-        return self._answer(stream, request, split=eats == EATS_SPLIT)
+            if refused.number in events.TRANSLATION_RELATED:
+                return Translation(address & -4096, 4096, 0, 0)
+            refused.ste = ste
+            raise self._misconfigured(request, refused) from None
+
+    def _misconfigured(self, request: DmaRequest, refused: Refused, despite_recinvsid: bool = False) -> Exception:
+        """An error of the configuration: it is recorded with CR2.REC_CFG_ATS (3.9.1.2, 3.9.1.3, 8.1)."""
+        unit = self._unit
+        if unit.records_ats_configuration_errors:
+            return unit.refuse(request, refused, None, despite_recinvsid)
+        return TranslationFault(f"{request!r}, with ATS: {refused}")
 
     def _disallowed(self, request: DmaRequest) -> TranslationFault:
         event = Event(
@@ -75,68 +91,57 @@ class Ats:
     def _answer(self, stream: Stream, request: DmaRequest, split: bool) -> Translation:
         """The translation as the tables have it now, and the rights that it gives to requests of this privilege."""
         address, access = request.address, request.access
-        page = address & -4096
-        translate = self._unit.translator.translate_stage1 if split and stream.cd else self._unit.translator.translate
-        privileged = attributes(stream.ste, access)[0]
-        shift = 3 if privileged else 0
-        try:
-            if stream.bypass or (split and stream.cd is None):
-                return Translation(page, 4096, page, READ | WRITE | access & EXECUTE)
-            run = translate(stream, address, 1, access & PRIVILEGED)  # needs no right: whatever there is
-            if access & WRITE and run[3] & AGAIN:  # the write that may come makes the page dirty now
-                run = translate(stream, address, 1, access & (WRITE | PRIVILEGED))
-        except Refused as refused:
-            if refused.number not in events.TRANSLATION_RELATED:
-                raise TranslationFault(f"{request!r}: translation request, {refused}") from None
-            if refused.number != events.F_PERMISSION:
-                return Translation(page, 4096, 0, 0)
+        translator = self._unit.translator
+        translate = translator.translate_split if split else translator.translate
+        run = translate(stream, address, 1, access & PRIVILEGED)  # needs no right: whatever there is
+        if stream.bypass:
+            return Translation(address & -4096, 4096, address & -4096, READ | WRITE)
+        if access & WRITE and run[3] & AGAIN:  # the write that may come makes the page dirty now
             try:
-                run = translate(stream, address, 1, access & PRIVILEGED)
-            except Refused:
-                return Translation(page, 4096, 0, 0)
+                run = translate(stream, address, 1, access & (WRITE | PRIVILEGED))
+            except Refused as refused:
+                if refused.number != events.F_PERMISSION or refused.klass != events.CLASS_IN:
+                    raise
         size = run[1] - run[0] if run[3] >> LEAF_SHIFT > 12 else 4096
         start = address & -size
-        allowed = run[3] >> shift & (READ | WRITE | access & EXECUTE)
+        allowed = _granted(stream.ste, run[3], access)
         return Translation(start, size, start + run[2] if allowed else 0, allowed)
 
     # -- translated requests -----------------------------------------------------------------------------------------
 
-    def translated(self, rid: int, pasid: int, address: int, length: int, access: int) -> Run:
-        """Let a translated request pass, translate it (split-stage ATS), or raise TranslationFault."""
+    def translated(self, rid: int, address: int, length: int, access: int) -> Run:
+        """Let a translated request pass, translate it (split-stage ATS), or raise TranslationFault.
+
+        It is one for unprivileged data without a SubstreamID, whatever it carries (IDR3.PASIDTT is 0).
+        """
         unit = self._unit
-        request = DmaRequest(rid, pasid, address, length, access)
+        access &= READ | WRITE
+        request = DmaRequest(rid, NO_PASID, address, length, access)
         if not unit.enabled or not unit.features.ats:
             raise self._forbidden(request)
         if not unit.ats_checked:
-            return IDENTITY
+            return unit.untranslated(request)
         try:
             ste = unit.configuration.ste(rid)
         except ConfigurationError as refused:
-            if unit.records_ats_configuration_errors:
-                raise unit.refuse(request, refused, None) from None
-            raise TranslationFault(f"{request!r}: translated, {refused}") from None
+            raise self._misconfigured(request, refused, despite_recinvsid=True) from None
         if ste.aborts:
             raise TranslationFault(f"{request!r}: translated, the STE aborts")
         if ste.eats == EATS_FULL:
-            return IDENTITY
+            return unit.untranslated(request)
         if ste.eats == EATS_NONE:
             raise self._forbidden(request)
-        stream = Stream(rid, None if pasid == NO_PASID else pasid, ste, None)
+        stream = Stream(rid, None, ste, None)
         try:
-            start, stop, delta, rights = unit.translator.stage2(ste, address, stream.needed[access])
+            start, stop, delta, rights = unit.translator.translate(stream, address, length, access)
         except Refused as refused:
             refused.ste = ste
             raise unit.refuse(request, refused, None) from None
-        return start, stop, delta, rights >> (3 if access & PRIVILEGED else 0) & 7
+        return start, stop, delta, rights >> (3 if attributes(ste, access)[0] else 0) & 7
 
     def _forbidden(self, request: DmaRequest) -> TranslationFault:
-        event = Event(
-            events.F_TRANSL_FORBIDDEN,
-            request.rid,
-            None if request.pasid == NO_PASID else request.pasid,
-            address=request.address,
-            rnw=not request.access & WRITE,
-        )
+        rnw = not request.access & WRITE
+        event = Event(events.F_TRANSL_FORBIDDEN, request.rid, address=request.address, rnw=rnw)
         self._unit.record(event)
         return TranslationFault(f"{request!r}: {event}")
 
@@ -171,15 +176,35 @@ class Ats:
 
     def _overflowed(self, request: PageRequest) -> None:
         """8.1: success, so that the endpoint tries again."""
-        with_pasid, code = request.pasid != NO_PASID, PRG_SUCCESS
-        if with_pasid and not self._unit.features.pps:
+        if not request.last or request.is_stop_marker:
+            return
+        unit = self._unit
+        with_pasid, code = request.pasid != NO_PASID and unit.features.ssid_bits > 0, PRG_SUCCESS
+        if with_pasid and not unit.features.pps:
             try:
-                with_pasid = self._unit.configuration.ste(request.rid).ppar
-            except (ConfigurationError, StreamAborts):
+                with_pasid = unit.configuration.ste(request.rid).ppar
+            except ConfigurationError as refused:
                 with_pasid, code = False, PRG_FAILURE
+                about = DmaRequest(request.rid, request.pasid, request.address, 4096, request.access)
+                self._misconfigured(about, refused)
         self._respond(request, code, with_pasid)
 
     def _respond(self, request: PageRequest, code: int, with_pasid: bool) -> None:
         if request.last and not request.is_stop_marker:
             pasid = request.pasid if with_pasid else NO_PASID
             self._unit.pri_respond(request.rid, PageResponse(pasid, request.group, code))
+
+
+def _granted(ste: Ste, rights: int, access: int) -> int:
+    """READ, WRITE and EXECUTE that a translation request for `access` is granted of a page's rights (13.7.1).
+
+    EXECUTE only where it is asked for, and with READ: what may be executed and not read is not for ATS, unless INSTCFG
+    makes all reads fetches.
+    """
+    rights >>= 3 if attributes(ste, access)[0] else 0
+    reads, executes = bool(rights & R), bool(rights & X)
+    if ste.instcfg == OVERRIDE_SET:
+        reads = executes
+    elif ste.instcfg == OVERRIDE_CLEAR:
+        executes = reads
+    return READ * reads | rights & WRITE | access & EXECUTE * (reads and executes)

@@ -147,6 +147,7 @@ def _decode_ste(features: Features, ste: Ste) -> str:
     if not low & e.STE_0_V:
         return "V is clear"
     config = e.STE_0_CONFIG.get(low)
+    ste.ppar = features.pps or bool(second & e.STE_1_PPAR)
     if config < e.CONFIG_BYPASS:
         ste.aborts = True
         return ""
@@ -158,7 +159,6 @@ def _decode_ste(features: Features, ste: Ste) -> str:
         return "stage 2 is not implemented"
     if features.attr_perms_override:
         ste.privcfg, ste.instcfg = e.STE_1_PRIVCFG.get(second), e.STE_1_INSTCFG.get(second)
-    ste.ppar = features.pps or bool(second & e.STE_1_PPAR)
     s2s = bool(third & e.STE_2_S2S)
     if features.ats and config != e.CONFIG_BYPASS:
         ste.eats = e.STE_1_EATS.get(second)

@@ -29,7 +29,7 @@ PRIQ_IRQ_CFG0, PRIQ_IRQ_CFG1, PRIQ_IRQ_CFG2 = 0xD0, 0xD8, 0xDC
 
 IDR0_S2P, IDR0_S1P, IDR0_COHACC, IDR0_HYP = 1 << 0, 1 << 1, 1 << 4, 1 << 9
 IDR0_ATS, IDR0_ASID16, IDR0_MSI, IDR0_SEV, IDR0_PRI = 1 << 10, 1 << 12, 1 << 13, 1 << 14, 1 << 16
-IDR0_VMID16, IDR0_CD2L, IDR0_TERM_MODEL = 1 << 18, 1 << 19, 1 << 26
+IDR0_VMID16, IDR0_CD2L, IDR0_ATSRECERR, IDR0_TERM_MODEL = 1 << 18, 1 << 19, 1 << 23, 1 << 26
 IDR0_TTF, IDR0_HTTU, IDR0_TTENDIAN = Field(3, 2), Field(7, 6), Field(22, 21)
 IDR0_STALL_MODEL, IDR0_ST_LEVEL = Field(25, 24), Field(28, 27)
 
@@ -112,6 +112,8 @@ class Features:
     bbm: int = 2
     #: PASIDs on automatic responses to page requests.
     pps: bool = True
+    #: CR2.REC_CFG_ATS is there: errors of the configuration that endpoints with ATS and PRI meet can be recorded.
+    ats_record_errors: bool = True
     #: PRIVCFG and INSTCFG of an STE are obeyed.
     attr_perms_override: bool = True
     cmdq_log2: int = 19
@@ -161,6 +163,7 @@ class Features:
             | IDR0_VMID16 * self.vmid16
             | IDR0_CD2L * self.two_level_cd_table
             | IDR0_TTENDIAN.put(2)
+            | IDR0_ATSRECERR * (self.ats and self.ats_record_errors)
             | IDR0_STALL_MODEL.put(self.stall_model)
             | IDR0_TERM_MODEL
             | IDR0_ST_LEVEL.put(int(self.two_level_stream_table))
@@ -182,9 +185,9 @@ class Features:
     def idr3(self) -> int:
         """SMMU_IDR3: later additions."""
         return (
-            IDR3_HAD * self.hierarchical_attribute_disable
+            IDR3_HAD * (self.hierarchical_attribute_disable and self.stage1)
             | IDR3_XNX * self.xnx
-            | IDR3_PPS * (self.pps and self.pri)
+            | IDR3_PPS * (self.pps and self.pri and self.ssid_bits > 0)
             | IDR3_FWB * self.s2fwb
             | IDR3_STT * self.small_tables
             | IDR3_RIL * self.range_invalidation
@@ -224,6 +227,7 @@ QEMU_VIRT = Features(
     httu=HTTU_NONE,
     s2fwb=False,
     pps=False,
+    ats_record_errors=False,
     attr_perms_override=False,
     arch_minor=1,
 )

@@ -9,7 +9,8 @@ Its size is that of the smaller leaf of the two stages. Beside the rights of bot
 (a TLBI of any address in a block removes all that the block was cut into). What a stage 2 makes of the addresses of CDs
 and of stage 1 tables is cached as any stage 2 translation.
 
-UNVERIFIED: a write that stage 1 allows and stage 2 refuses leaves the stage 1 leaf dirty: its flags are updated first.
+A write that stage 1 allows and stage 2 refuses leaves the stage 1 leaf dirty, as it may (13.4.4): its flags are updated
+first.
 
 Tables above the leaves are kept where `tables` is given, by the tag of the stage (of stage 1, as IPAs); a TLBI without
 Leaf removes them.
@@ -110,7 +111,9 @@ class Stream:
 
     def _needed(self, access: int) -> int:
         privileged, instruction = attributes(self.ste, access)
-        rights = X if instruction else (R if access & READ else 0) | (W if access & WRITE else 0)
+        rights = (R if access & READ else 0) | (W if access & WRITE else 0)
+        if instruction and access & (READ | EXECUTE):
+            rights = X
         return rights << (PRIVILEGED_SHIFT if privileged else 0)
 
 
@@ -189,10 +192,15 @@ class Translator:
             run = (run[0] + offset, run[1] + offset, run[2] - offset, run[3])
         return run
 
-    def translate_stage1(self, stream: Stream, address: int, length: int, access: int) -> Run:
-        """Stage 1 alone, from the tables: what split-stage ATS gives to an endpoint. Raises Refused."""
-        cd = stream.cd
-        assert cd is not None
+    def translate_split(self, stream: Stream, address: int, length: int, access: int) -> Run:
+        """To an IPA, with the rights of both stages: what split-stage ATS gives to an endpoint (13.6.3, 13.6.5).
+
+        From the tables of stage 1; `length` is not looked at. Raises Refused.
+        """
+        cd, ste = stream.cd, stream.ste
+        if cd is None:
+            start, stop, _, shape = self.translate(stream, address, 1, access)
+            return start, stop, 0, shape
         region, va = canonical(cd, address)
         if region.disabled or region.is_outside(va):
             raise Refused(events.F_TRANSLATION)
@@ -202,10 +210,12 @@ class Translator:
             self._refuse_walk(end, where)
         if end.rights & needed != needed:
             raise Refused(events.F_PERMISSION)
-        start = va & -(1 << end.lg2)
-        again = AGAIN if end.cacheable != end.rights else 0
-        shape = end.cacheable | again | end.lg2 << LEAF_SHIFT
-        return start, start + (1 << end.lg2), end.output - va, shape
+        second = self._stage2(ste, end.output, needed, events.CLASS_IN)
+        lg2 = min(end.lg2, second[3] >> LEAF_SHIFT)
+        again = (AGAIN if end.cacheable != end.rights else 0) | second[3] & AGAIN
+        start = address & -(1 << lg2)
+        shape = end.cacheable & second[3] | again | lg2 << LEAF_SHIFT
+        return start, start + (1 << lg2), end.output - address, shape
 
     def _refuse_hit(self, stream: Stream, region: Region, va: int, run: Run, needed: int) -> None:
         """A cached translation does not allow a request: say which stage it was."""
@@ -301,10 +311,6 @@ class Translator:
     def cd_pa(self, ste: Ste, address: int) -> int:
         """Where a CD or its level 1 descriptor lies: through stage 2 if the stream has one. Raises Refused."""
         return self._stage2_pa(ste, address, R, events.CLASS_CD) if ste.s2 else address
-
-    def stage2(self, ste: Ste, ipa: int, needed: int) -> Run:
-        """Stage 2 alone, as for a translated request of split-stage ATS. Raises Refused."""
-        return self._stage2(ste, ipa, needed, events.CLASS_IN)
 
     def _stage2(self, ste: Ste, ipa: int, needed: int, klass: int, length: int = 1) -> Run:
         """The run of IPAs that holds `ipa`. Raises Refused."""

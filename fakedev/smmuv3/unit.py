@@ -16,11 +16,11 @@ from collections.abc import Callable
 from fakedev.caching import Caching
 from fakedev.dma import (
     EXECUTE,
-    IDENTITY,
     MSI_END,
     MSI_START,
     NO_PASID,
     PRIVILEGED,
+    READ,
     WRITE,
     DmaPort,
     DmaRequest,
@@ -119,6 +119,7 @@ class SmmuV3:
         f = self.features
         cr0 = regs.CR0_SMMUEN | regs.CR0_EVENTQEN | regs.CR0_CMDQEN
         cr0 |= (regs.CR0_PRIQEN if f.pri else 0) | (regs.CR0_ATSCHK if f.ats else 0)
+        cr2 = regs.CR2_RECINVSID | regs.CR2_PTM | (regs.CR2_REC_CFG_ATS if f.idr0 & regs.IDR0_ATSRECERR else 0)
         irqs = regs.IRQ_GERROR | regs.IRQ_EVENTQ | (regs.IRQ_PRIQ if f.pri else 0)
         index = _WRAPPED_INDEX
         flagged = index | regs.Q_OVERFLOW_FLAG
@@ -134,7 +135,7 @@ class SmmuV3:
             Register("CR0", regs.CR0, writable=cr0, action=self._cr0_written),
             Register("CR0ACK", regs.CR0ACK),
             Register("CR1", regs.CR1, writable=0xFFF),
-            Register("CR2", regs.CR2, writable=regs.CR2_RECINVSID | regs.CR2_PTM | regs.CR2_REC_CFG_ATS),
+            Register("CR2", regs.CR2, writable=cr2),
             Register("STATUSR", regs.STATUSR),
             Register("GBPA", regs.GBPA, reset=0x1000, action=self._gbpa_written),
             Register("AGBPA", regs.AGBPA),
@@ -367,9 +368,10 @@ class SmmuV3:
         """
         self._warm.add(port)
         if not self.enabled:
+            request = DmaRequest(port.rid, pasid, address, length, access)
             if self._gbpa.value & regs.GBPA_ABORT:
-                raise TranslationFault(f"{DmaRequest(port.rid, pasid, address, length, access)!r}: GBPA.ABORT")
-            return IDENTITY
+                raise TranslationFault(f"{request!r}: GBPA.ABORT")
+            return self.untranslated(request)
         sid = port.rid
         substreams = self._streams.get(sid)
         stream = None if substreams is None else substreams.get(pasid)
@@ -386,8 +388,19 @@ class SmmuV3:
             raise TranslationFault(f"{DmaRequest(sid, pasid, address, length, access)!r}: the STE aborts") from None
         return start, stop, delta, rights >> (3 if access & PRIVILEGED else 0) & 7
 
-    def refuse(self, request: DmaRequest, refused: Refused, stream: Stream | None) -> Exception:
-        """Record what stopped a request, and say what to raise: TranslationFault, or Parked where it stalls."""
+    def untranslated(self, request: DmaRequest) -> Run:
+        """A request passes as it is, within the physical addresses (3.4, 3.9.1.1). Raises TranslationFault."""
+        if request.address >> self.features.oas:
+            raise TranslationFault(f"{request!r}: physical addresses have {self.features.oas} bits")
+        return 0, 1 << self.features.oas, 0, READ | WRITE | EXECUTE
+
+    def refuse(
+        self, request: DmaRequest, refused: Refused, stream: Stream | None, despite_recinvsid: bool = False
+    ) -> Exception:
+        """Record what stopped a request, and say what to raise: TranslationFault, or Parked where it stalls.
+
+        `despite_recinvsid`: C_BAD_STREAMID is recorded whatever CR2.RECINVSID says.
+        """
         number, ste = refused.number, refused.ste
         ssid = None if request.pasid == NO_PASID else request.pasid
         if isinstance(refused, ConfigurationError) and refused.ssid is not None:
@@ -416,7 +429,7 @@ class SmmuV3:
             elif stream is not None and stream.cd is not None:
                 stalls, records = stream.cd.s, stream.cd.r
         elif number == events.C_BAD_STREAMID:
-            records = bool(self._cr2.value & regs.CR2_RECINVSID)
+            records = despite_recinvsid or bool(self._cr2.value & regs.CR2_RECINVSID)
         if stalls:
             parked = Parked(request)
             self.stalls.stall(event, parked)
@@ -445,7 +458,7 @@ class SmmuV3:
 
     def translated(self, port: DmaPort, pasid: int, address: int, length: int, access: int) -> Run:
         """Check a translated request. Raises TranslationFault."""
-        return self._ats.translated(port.rid, pasid, address, length, access)
+        return self._ats.translated(port.rid, address, length, access)
 
     def request_translation(self, port: DmaPort, pasid: int, address: int, access: int) -> Translation:
         """Answer a translation request. Raises TranslationFault for UR and CA."""
