@@ -102,13 +102,13 @@ class Region:
 class Cd:
     """A decoded CD. With `illegal` (why) nothing else is of use."""
 
-    __slots__ = ("asid", "ha", "illegal", "r", "s", "ttb0", "ttb1", "words")
+    __slots__ = ("aset", "asid", "ha", "illegal", "r", "s", "ttb0", "ttb1", "words")
 
     def __init__(self, words: tuple[int, ...]) -> None:
         self.words = words
         self.illegal = ""
         self.asid = 0
-        self.ha = self.r = self.s = False
+        self.aset = self.ha = self.r = self.s = False
         self.ttb0 = self.ttb1 = Region(True, False)
 
     def __str__(self) -> str:
@@ -272,7 +272,7 @@ def _decode_cd(features: Features, ste: Ste, cd: Cd) -> str:
     low = cd.words[0]
     if not low & e.CD_0_V:
         return "V is clear"
-    cd.s, cd.r = bool(low & e.CD_0_S), bool(low & e.CD_0_R)
+    cd.s, cd.r, cd.aset = bool(low & e.CD_0_S), bool(low & e.CD_0_R), bool(low & e.CD_0_ASET)
     if ste.s1stalld and cd.s:
         return "S where the STE forbids stalls"
     if not low & e.CD_0_A:

@@ -15,7 +15,7 @@ from fakedev.smmuv3 import commands as c
 from fakedev.smmuv3 import regs
 from fakedev.smmuv3.lookup import StreamAborts
 from fakedev.smmuv3.regs import CERROR_ATC_INV_SYNC, CERROR_ILL, CERROR_NONE
-from fakedev.smmuv3.translate import GLOBAL, STAGE_2, VMID_SHIFT, Refused
+from fakedev.smmuv3.translate import GLOBALS, STAGE_2, VMID_SHIFT, Refused
 from fakedev.tlp import PRG_FAILURE, PRG_INVALID, PRG_SUCCESS, Invalidation, PageResponse
 
 if TYPE_CHECKING:
@@ -152,8 +152,8 @@ class Commands:
             return CERROR_ILL
         base = c.TLBI_VMID.get(low) << VMID_SHIFT
         address = high & c.TLBI_VA_MASK
-        self._invalidate(base | c.TLBI_ASID.get(low), address, span, high)
-        self._invalidate(base | GLOBAL, address, span, high)
+        for tag in (c.TLBI_ASID.get(low), *GLOBALS):
+            self._invalidate(base | tag, address, span, high)
         self._unit.forget_ports()
         return CERROR_NONE
 

@@ -199,7 +199,8 @@ class Configuration:
             return
         first = sid & -(2 << span)
         last = first + (2 << span) - 1
-        for known in [known for known in self.stes.keys() | self.cds.keys() if first <= known <= last]:
+        caches = self.stes.keys() | self.cds.keys() | self.l1cds.keys() | self.streams.keys()
+        for known in [known for known in caches if first <= known <= last]:
             self.forget_ste(known, leaf=True)
         split = self._split()
         for number in [number for number in self.l1stds if first >> split <= number <= last >> split]:

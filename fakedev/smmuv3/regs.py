@@ -45,7 +45,11 @@ IDR5_GRAN4K, IDR5_GRAN16K, IDR5_GRAN64K, IDR5_DS = 1 << 4, 1 << 5, 1 << 6, 1 << 
 
 CR0_SMMUEN, CR0_PRIQEN, CR0_EVENTQEN, CR0_CMDQEN, CR0_ATSCHK = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4
 CR2_E2H, CR2_RECINVSID, CR2_PTM, CR2_REC_CFG_ATS = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+#: CR1: attributes of accesses to tables, and to queues.
+CR1_TABLE_MASK, CR1_QUEUE_MASK = 0xFC0, 0x03F
 GBPA_ABORT, GBPA_UPDATE = 1 << 20, 1 << 31
+#: ABORT, INSTCFG, PRIVCFG, SHCFG, ALLOCCFG, MTCFG, MemAttr.
+GBPA_MASK = 0x001F_3F1F
 IRQ_GERROR, IRQ_PRIQ, IRQ_EVENTQ = 1 << 0, 1 << 1, 1 << 2
 
 GERROR_CMDQ_ERR, GERROR_EVENTQ_ABT_ERR, GERROR_PRIQ_ABT_ERR = 1 << 0, 1 << 2, 1 << 3
@@ -54,6 +58,8 @@ GERROR_MSI_PRIQ_ABT_ERR, GERROR_MSI_GERROR_ABT_ERR, GERROR_SFM_ERR = 1 << 6, 1 <
 GERROR_MASK = 0x1FD
 
 IRQ_CFG0_ADDR_MASK = address_mask(51, 2)
+#: IRQ_CFG2: attributes of messages.
+IRQ_CFG2_MASK = 0x3F
 #: PRIQ_IRQ_CFG2: interrupt on the last request of a group rather than on a queue that fills.
 PRIQ_IRQ_CFG2_LO = 1 << 31
 

@@ -3,7 +3,8 @@
 Mirrors Arm IHI 0070, chapter 15 and 3.4 (address sizes), 3.13 (access flag and dirty state), 3.17 (tags). A refusal is
 raised as `Refused`, with the stage and the class of the access; the unit makes the event of it.
 
-A TLB entry's tag is VMID and ASID; entries of stage 2 alone and global ones have tags of their own in the same VMID.
+A TLB entry's tag is VMID and ASID; entries of stage 2 alone and global ones have tags of their own in the same VMID,
+global ones by ASET (3.17.1).
 Its size is that of the smaller leaf of the two stages. Beside the rights of both stages it remembers those of stage 1
 (a fault says which stage refused), granule and level (TLBI with TG and TTL names them) and the size of the stage 1 leaf
 (a TLBI of any address in a block removes all that the block was cut into). What a stage 2 makes of the addresses of CDs
@@ -15,7 +16,7 @@ first.
 Tables above the leaves are kept where `tables` is given, by the tag of the stage (of stage 1, as IPAs); a TLBI without
 Leaf removes them.
 
-Left out: ASET (nothing broadcasts), speculative fetches.
+Left out: speculative fetches.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ _TG = {12: 1, 14: 2, 16: 3}
 
 ASID_BITS = 16
 STAGE_2, GLOBAL = 1 << 16, 1 << 17
+#: Global translations of both sets of ASIDs (CD.ASET).
+GLOBALS = (GLOBAL, GLOBAL | 1)
 VMID_SHIFT = 20
 
 _OUTCOMES = {
@@ -106,7 +109,7 @@ class Stream:
         self.bypass = cd is None and not ste.s2
         base = ste.vmid << VMID_SHIFT
         self.tag = base | (STAGE_2 if cd is None else cd.asid)
-        self.global_tag = base | GLOBAL
+        self.global_tag = base | GLOBALS[cd is not None and cd.aset]
         self.needed = tuple(self._needed(access) for access in range(16))
 
     def _needed(self, access: int) -> int:

@@ -52,8 +52,8 @@ _WRAPPED_INDEX = (2 << 19) - 1
 class SmmuV3:
     """One SMMU. `read` and `write` are its two register pages (regs.WINDOW_SIZE bytes).
 
-    `send_interrupt` gets (address, data) of its messages to `msi_window`; others are written to memory. Without MSIs,
-    or where the address is zero, `wired` gets the interrupt's name: "eventq", "priq", "gerror" or "cmdq-sync".
+    `send_interrupt` gets (address, data) of its messages to `msi_window`; others are written to memory. `wired` gets
+    the name of every interrupt, with or without a message: "eventq", "priq", "gerror" or "cmdq-sync".
     `downstream` leads to endpoints' device TLBs. `on_fault` gets every refused request in words. `keep` says before
     each insertion whether the caches may have it (True unless given).
     """
@@ -77,7 +77,7 @@ class SmmuV3:
         self.msi_window = msi_window
         self.wired = wired
         self.downstream = downstream
-        #: Sends an event to the processor (WFE), for SYNC with SIG_SEV.
+        #: Sends an event to the processor (WFE): SYNC with SIG_SEV, and a command queue that is full no longer.
         self.on_event: Callable[[], None] | None = None
         #: Streams whose endpoints never complete an invalidation: the next SYNC fails (CERROR_ATC_INV_SYNC).
         self.silent_endpoints: set[int] = set()
@@ -87,6 +87,8 @@ class SmmuV3:
         self._on_fault = on_fault
         self._warm: set[DmaPort] = set()
         self._running = False
+        #: The command queue was full when it was last looked at.
+        self._was_full = False
         self.registers = RegisterFile(self._declare())
         at = self.registers.by_name
         self._cr0, self._cr2, self._gbpa, self._irq_ctrl = at["CR0"], at["CR2"], at["GBPA"], at["IRQ_CTRL"]
@@ -134,7 +136,7 @@ class SmmuV3:
             Register("AIDR", regs.AIDR, reset=f.aidr),
             Register("CR0", regs.CR0, writable=cr0, action=self._cr0_written),
             Register("CR0ACK", regs.CR0ACK),
-            Register("CR1", regs.CR1, writable=0xFFF),
+            Register("CR1", regs.CR1),
             Register("CR2", regs.CR2, writable=cr2),
             Register("STATUSR", regs.STATUSR),
             Register("GBPA", regs.GBPA, reset=0x1000, action=self._gbpa_written),
@@ -166,6 +168,8 @@ class SmmuV3:
                 found.append(Register(f"{name}_IRQ_CFG0", offset, 8))
                 found.append(Register(f"{name}_IRQ_CFG1", offset + 8))
                 found.append(Register(f"{name}_IRQ_CFG2", offset + 12))
+        elif f.pri:
+            found.append(Register("PRIQ_IRQ_CFG2", regs.PRIQ_IRQ_CFG2))
         by_name = {register.name: register for register in found}
         queue_base = regs.Q_BASE_RWA | regs.Q_BASE_ADDR_MASK | regs.Q_BASE_LOG2SIZE.mask
         fmt = regs.STRTAB_FMT.mask | regs.STRTAB_SPLIT.mask if f.two_level_stream_table else 0
@@ -182,10 +186,16 @@ class SmmuV3:
         ]
         #: What guards a register: (the enable bit, the register, its writable bits), of CR0 and of IRQ_CTRL.
         self._guards = [(bit, by_name[name], mask) for bit, name, mask in guarded if name in by_name]
+        self._cr1 = by_name["CR1"]
+        attributes = regs.IRQ_CFG2_MASK if f.msi else 0
         self._irq_guards = [
             (bit, by_name[f"{name}_IRQ_CFG{n}"], mask)
             for bit, name in ((regs.IRQ_GERROR, "GERROR"), (regs.IRQ_EVENTQ, "EVENTQ"), (regs.IRQ_PRIQ, "PRIQ"))
-            for n, mask in ((0, regs.IRQ_CFG0_ADDR_MASK), (1, _ONES32), (2, regs.PRIQ_IRQ_CFG2_LO | 0x3F))
+            for n, mask in (
+                (0, regs.IRQ_CFG0_ADDR_MASK),
+                (1, _ONES32),
+                (2, attributes | (regs.PRIQ_IRQ_CFG2_LO if name == "PRIQ" else 0)),
+            )
             if f"{name}_IRQ_CFG{n}" in by_name
         ]
         self._guard(0, 0)
@@ -195,6 +205,9 @@ class SmmuV3:
         for value, guards in ((cr0, self._guards), (irq_ctrl, self._irq_guards)):
             for bit, register, mask in guards:
                 register.writable = 0 if value & bit else mask
+        queues = cr0 & (regs.CR0_CMDQEN | regs.CR0_EVENTQEN | regs.CR0_PRIQEN)
+        self._cr1.writable = 0 if queues else regs.CR1_QUEUE_MASK
+        self._cr1.writable |= 0 if cr0 & regs.CR0_SMMUEN else regs.CR1_TABLE_MASK
 
     def write(self, offset: int, width: int, value: int) -> None:
         """A store to a register."""
@@ -217,6 +230,7 @@ class SmmuV3:
     def reset(self) -> None:
         """Power-on: registers, caches, nothing enabled; stalled transactions are aborted."""
         self.registers.reset()
+        self._was_full = False
         self._guard(0, 0)
         self.enabled = self.eventq.enabled = False
         if self.priq is not None:
@@ -247,7 +261,7 @@ class SmmuV3:
 
     def _gbpa_written(self, _old: int, written: int) -> None:
         if written & regs.GBPA_UPDATE:
-            self._gbpa.value = written & ~regs.GBPA_UPDATE
+            self._gbpa.value = written & regs.GBPA_MASK
             self.forget_ports()
 
     def _irq_ctrl_written(self, _old: int, _written: int) -> None:
@@ -288,7 +302,6 @@ class SmmuV3:
             address = at[f"{name}_IRQ_CFG0"].value
             if address:
                 self._message(address, at[f"{name}_IRQ_CFG1"].value, error)
-                return
         if self.wired is not None:
             self.wired(name.lower())
 
@@ -300,11 +313,11 @@ class SmmuV3:
         """SYNC is complete, and asks for an interrupt."""
         if self.features.msi and address:
             self._message(address, data, regs.GERROR_MSI_CMDQ_ABT_ERR)
-        elif self.wired is not None:
+        if self.wired is not None:
             self.wired("cmdq-sync")
 
     def send_event(self) -> None:
-        """SYNC is complete, and asks for a WFE event."""
+        """A WFE event."""
         if self.on_event is not None:
             self.on_event()
 
@@ -344,6 +357,10 @@ class SmmuV3:
                 self.errors.activate(regs.GERROR_CMDQ_ERR)  # whose interrupt's handler may acknowledge it already
                 continue
             cons.value = index & regs.CMDQ_CONS_ERR.mask | index + 1 & (2 << log2) - 1
+            if self._was_full:
+                self._was_full = False
+                self.send_event()
+        self._was_full = self.features.sev and queue.full()
 
     def atc_invalidate(self, sid: int, request: Invalidation) -> bool:
         """Carry an ATC_INV to an endpoint; True if it does not answer. One that refuses (UR) has answered."""

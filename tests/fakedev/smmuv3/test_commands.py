@@ -282,6 +282,37 @@ def test_invalidation_works_while_translation_is_off(one):
     assert not one.goes(VA)
 
 
+def other_space(bench, aset):
+    """A second address space (SSID 1) without any table; as CD 0 it has `aset`."""
+    bench.ste(cdmax=4, w1=e.STE_1_S1DSS.put(e.S1DSS_SSID0))
+    bench.cd(0)
+    bench.cd(1, w0=aset, asid=ASID + 1, root=S1_TABLES[5])
+    bench.map(VA, PAGE, GLOBAL_LEAF)
+    bench.forget()
+    assert bench.goes(VA)
+
+
+@pytest.mark.parametrize("aset", [0, e.CD_0_ASET])
+def test_global_translations_are_of_one_aset(bench, aset):
+    """3.17.1: an entry with ASET == 0 does not match a lookup with ASET == 1, whatever the ASID."""
+    other_space(bench, aset)
+    assert bench.goes(VA, pasid=1) == (not aset)
+
+
+@pytest.mark.parametrize("command", [c.tlbi_nh_va(VMID, ASID + 7, VA), c.tlbi_nh_vaa(VMID, VA), c.tlbi_nh_all(VMID)])
+@pytest.mark.parametrize("aset", [0, e.CD_0_ASET])
+def test_commands_disregard_aset(bench, aset, command):
+    """4.4: "commands matching TLB entries on ASID disregard the ASET value"."""
+    bench.ste()
+    bench.cd(w0=aset)
+    bench.map(VA, PAGE, GLOBAL_LEAF)
+    assert bench.goes(VA)
+    hole(bench)
+    assert bench.goes(VA)
+    bench.submit(command)
+    assert not bench.goes(VA)
+
+
 # -- SYNC ------------------------------------------------------------------------------------------------------------
 
 

@@ -351,6 +351,22 @@ def test_range_command_leaves_what_lies_outside(mapped):
     assert not mapped.goes(VA)
 
 
+@pytest.mark.parametrize("kept", ["stes", "l1cds", "cds", "streams"])
+def test_range_command_names_what_is_left_in_any_cache(bench, kept):
+    """4.3: structures are cached one by one, so each may be gone while another stays."""
+    substreams(bench, e.S1DSS_SSID0, 8, e.S1FMT_4K_L2)
+    bench.word(CDS, CDS + 0x4000 | 1)
+    bench.cd(at=CDS + 0x4000 + 64)
+    bench.map(VA, PAGE)
+    assert bench.goes(VA, pasid=1)
+    configuration = bench.unit.configuration
+    for name in ("l1stds", "stes", "l1cds", "cds", "streams"):
+        if name != kept:
+            getattr(configuration, name).clear()
+    bench.submit(c.cfgi_ste_range(RID, 3))
+    assert not getattr(configuration, kept)
+
+
 def test_level_1_stream_descriptor_needs_the_command_without_leaf(mapped):
     two_level(mapped)
     mapped.word(STRTAB, 0)
