@@ -213,8 +213,9 @@ class DmaPort:
         "on_abort",
         "on_doorbell",
         "on_interrupt",
-        "peer",
+        "peers",
         "rid",
+        "translation_blocked",
     )
 
     def __init__(
@@ -235,8 +236,10 @@ class DmaPort:
         self.on_interrupt = on_interrupt
         #: Told, in words, of requests that no memory answers. No IOMMU sees those.
         self.on_abort: Callable[[str], None] | None = None
-        #: Behind a bridge: the run of a BAR that a switch reaches without the root complex, and so without the IOMMU.
-        self.peer: Callable[[int], Run | None] | None = None
+        #: Behind a bridge: BARs, (start, end), that a switch reaches without the root complex, so without the IOMMU;
+        #: and whether a port on the way lets no request pass that is translated or asks for a translation.
+        self.peers: Callable[[], list[tuple[int, int]]] | None = None
+        self.translation_blocked: Callable[[], bool] | None = None
         self.enabled = False
         self.caching: Caching = LEAVES
         self._memory = memory
@@ -369,10 +372,10 @@ class DmaPort:
             raise DmaAbort(address)
         if first <= address < beyond:
             self._no_interrupt(address, length, access)
-        if self.peer is not None:
-            direct = self.peer(address)
-            if direct is not None:
-                return direct
+        peers = [] if self.peers is None else self.peers()
+        for base, beyond_bar in peers:
+            if base <= address < beyond_bar:
+                return base, beyond_bar, 0, READ | WRITE
         if self.iommu is None:
             if pasid != NO_PASID:
                 raise DmaAbort(address)  # nobody there understands the prefix
@@ -384,10 +387,11 @@ class DmaPort:
                 run = self.iommu.translate(self, pasid, address, length, access)
             except TranslationFault:
                 raise DmaAbort(address) from None
-        # The MSI window is cut out of whatever is mapped around it.
-        start, stop, delta, allowed = run
-        if start < beyond and stop > first:
-            run = (start, first, delta, allowed) if address < first else (beyond, stop, delta, allowed)
+        # The MSI window and what peers answer are cut out of whatever is mapped around them.
+        for low, high in ((first, beyond), *peers):
+            start, stop, delta, allowed = run
+            if start < high and stop > low:
+                run = (start, low, delta, allowed) if address < low else (high, stop, delta, allowed)
         return run
 
     # -- requests with a PASID ---------------------------------------------------------------------------------------
@@ -441,6 +445,12 @@ class DmaPort:
             raise DmaAbort(address)
         return self.iommu
 
+    def _unblocked_agent(self, address: int) -> TranslationAgent:
+        """Who takes a request with an address type. DmaAbort."""
+        if self.translation_blocked is not None and self.translation_blocked():
+            raise DmaAbort(address)
+        return self._agent(address)
+
     def read_translated(self, address: int, length: int, pasid: int = NO_PASID, access: int = READ) -> bytes:
         """A translated read request (AT=10b). DmaAbort: the IOMMU does not take it, or nobody answers there."""
         parts = []
@@ -465,11 +475,8 @@ class DmaPort:
             address = stop
 
     def _translated(self, address: int, length: int, pasid: int, access: int) -> tuple[int, int]:
-        first, beyond = self.msi_window
-        if first < address + length and address < beyond:
-            raise DmaAbort(address)  # an interrupt is an untranslated request
         try:
-            _, stop, delta, _ = self._agent(address).translated(self, pasid, address, length, access)
+            _, stop, delta, _ = self._unblocked_agent(address).translated(self, pasid, address, length, access)
         except TranslationFault:
             raise DmaAbort(address) from None
         return min(stop, address + length), delta
@@ -481,13 +488,13 @@ class DmaPort:
         again before software has done something about it.
         """
         try:
-            return self._agent(address).request_translation(self, pasid, address, access)
+            return self._unblocked_agent(address).request_translation(self, pasid, address, access)
         except TranslationFault:
             raise DmaAbort(address) from None
 
     def send_page_request(self, request: PageRequest) -> None:
-        """A page request message. DmaAbort where no translation agent is above the function."""
-        self._agent(request.address).page_request(self, request)
+        """A page request message, whose requester is this port. DmaAbort: no translation agent is above."""
+        self._agent(request.address).page_request(self, request._replace(rid=self.rid))
 
     # -- interrupts --------------------------------------------------------------------------------------------------
 

@@ -21,8 +21,6 @@ from typing import NoReturn, Protocol
 from fakedev.dma import (
     MSI_END,
     MSI_START,
-    READ,
-    WRITE,
     DmaAbort,
     DmaPort,
     IommuHardware,
@@ -58,7 +56,7 @@ _ADDRESS = re.compile(r"([0-9a-f]{4}):([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])")
 
 # Of PCI Express and of access control services, by fakedev/pcie.py: what routing asks for.
 _TYPE_UPSTREAM, _TYPE_PCI_BRIDGE = 5, 7
-_ACS_SOURCE_VALIDATION, _ACS_REQUEST_REDIRECT = 1, 4
+_ACS_SOURCE_VALIDATION, _ACS_TRANSLATION_BLOCKING, _ACS_REQUEST_REDIRECT = 1, 2, 4
 
 MEM32, MEM64, IO = "mem32", "mem64", "io"
 
@@ -501,10 +499,14 @@ class RootComplex:
     def port_below(self, function: PciFunction, rid: int) -> DmaPort:
         """A second port where `function` is plugged in, for requests that say they are of `rid`.
 
-        Nobody believes them behind a port with ACS Source Validation on: every request is refused.
+        Nobody believes them behind a port with ACS Source Validation on, nor of a function in the root complex, which
+        knows its own (VT-d specification 3.12.4): every request is refused.
         """
         iommu = function.dma.iommu
-        for bridge in self.upstream(function):
+        bridges = self.upstream(function)
+        if not bridges and rid != function.rid:
+            iommu = _Refusal()
+        for bridge in bridges:
             inside = bridge.secondary <= rid >> 8 <= bridge.subordinate
             if bridge.acs is not None and bridge.acs.control & _ACS_SOURCE_VALIDATION and not inside:
                 iommu = _Refusal()
@@ -519,11 +521,13 @@ class RootComplex:
 
     def _connect(self, function: PciFunction, port: DmaPort) -> None:
         if self.upstream(function):
-            port.peer = lambda address: self._peer(function, address)
+            port.peers = lambda: self._peers(function)
+            port.translation_blocked = lambda: self._translation_blocked(function)
             self._behind_bridges.append(port)
 
-    def _peer(self, function: PciFunction, address: int) -> Run | None:
-        """The run of a request that a switch or a conventional bus gives to a peer, without asking the root complex."""
+    def _peers(self, function: PciFunction) -> list[tuple[int, int]]:
+        """The BARs, (start, end), that a switch or a conventional bus leads to without asking the root complex."""
+        found = []
         below = function
         for bridge in self.upstream(function):
             conventional = bridge.express_type in (None, _TYPE_PCI_BRIDGE)
@@ -531,11 +535,14 @@ class RootComplex:
             if conventional or (bridge.express_type == _TYPE_UPSTREAM and not redirected):
                 for peer in self.functions.values():
                     if bridge.secondary <= peer.rid >> 8 <= bridge.subordinate and peer is not function:
-                        for base, size in peer.decoded():
-                            if base <= address < base + size:
-                                return base, base + size, 0, READ | WRITE
+                        found += [(base, base + size) for base, size in peer.decoded()]
             below = bridge
-        return None
+        return found
+
+    def _translation_blocked(self, function: PciFunction) -> bool:
+        """A port on the way up has ACS Translation Blocking on: requests with an address type end there."""
+        acs = [bridge.acs for bridge in self.upstream(function)]
+        return any(each is not None and each.control & _ACS_TRANSLATION_BLOCKING for each in acs)
 
     def forget_routes(self) -> None:
         """What leads where has changed: ports behind bridges look again."""

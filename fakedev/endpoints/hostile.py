@@ -3,7 +3,9 @@
 What a well-behaved function would not do, it does when told to by calls (it has no registers): it masters the bus while
 it may not, sends requests in the name of others, with PASIDs that nobody enabled, translated ones to addresses that it
 was never given or that were taken back, interrupts of its own making; it completes invalidations without forgetting, or
-does not complete them; it asks for pages forever, and goes on after a detach.
+does not complete them; it asks for pages forever, and goes on after a detach. A name that is not its own gets it
+somewhere only behind ports without source validation: in the root complex nobody believes it (VT-d specification
+3.12.4).
 
 A device TLB is the device's word: a function that software lets use translated requests reaches what the IOMMU does
 not check again. That is why software turns ATS on for trusted functions only; with ATS off in the IOMMU's tables all of

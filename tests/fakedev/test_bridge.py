@@ -3,7 +3,7 @@
 import pytest
 
 from fakedev.bridge import ACS_ALL, PciBridge
-from fakedev.dma import DmaAbort
+from fakedev.dma import NO_PASID, READ, WRITE, DmaAbort
 from fakedev.endpoints.iommu_testdev import REG_LEN, IommuTestdev
 from fakedev.pci import PciFunction
 from fakedev.pcie import PCI_ACS_CTRL, PCI_ACS_RR, PCI_ACS_SV
@@ -82,6 +82,22 @@ def test_switching_redirection_on_takes_effect_at_once(bench):
     below.config_write(0x100 + PCI_ACS_CTRL, 2, PCI_ACS_RR)
     with pytest.raises(DmaAbort):
         first.dma.read(PEER_BAR, 4)
+
+
+@pytest.mark.parametrize("pasid", [NO_PASID, 5])
+def test_a_page_around_a_peers_registers_keeps_what_is_outside(bench, pasid):
+    """What the port remembers of a translation is not used for what the switch takes out of it."""
+    first, second = switch(bench, 0)
+    start, stop = PEER_BAR - 0x1000, PEER_BAR + 0x2000
+    bench.agent.translate = lambda *_: (start, stop, PA - start, READ | WRITE)
+    first.dma.write(start, b"head", pasid=pasid)
+    first.dma.write(PEER_BAR + REG_LEN, b"\x07\0\0\0", pasid=pasid)
+    assert second.registers[REG_LEN] == 7
+    first.dma.write(PEER_BAR + 0x1000, b"tail", pasid=pasid)
+    first.dma.write(PEER_BAR + REG_LEN, b"\x08\0\0\0", pasid=pasid)
+    assert second.registers[REG_LEN] == 8
+    assert (bench.memory.read(PA, 4), bench.memory.read(PA + 0x2000, 4)) == (b"head", b"tail")
+    assert bench.memory.read(PA + 0x1000, 0x1000) == bytes(0x1000)
 
 
 def test_a_peer_that_decodes_no_memory_is_not_there(bench):

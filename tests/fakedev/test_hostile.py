@@ -8,7 +8,8 @@ from fakedev.bridge import PciBridge
 from fakedev.endpoints.hostile import Hostile
 from fakedev.machine import VTD_LEGACY_CAP, VTD_LEGACY_ECAP, Machine
 from fakedev.pci import PciFunction
-from fakedev.tlp import PRG_SUCCESS, Invalidation, PageResponse
+from fakedev.pcie import PCI_ACS_CTRL, PCI_ACS_SV, PCI_ACS_TB, PCI_EXP_TYPE_ENDPOINT, PCI_EXP_TYPE_RC_END
+from fakedev.tlp import PRG_SUCCESS, Invalidation, PageRequest, PageResponse
 from tests.fakedev.agent import Bench
 
 BASE = 0xFED90000
@@ -117,11 +118,28 @@ def test_in_the_name_of_nobody_it_reaches_nothing(bench):
         assert bench.device.steal(IOVA, 4, rid=rid) is None
 
 
-def test_in_the_name_of_another_on_its_bus_it_reaches_what_that_one_has_and_no_more(bench):
-    # Nothing on the root bus can tell: this is why the kernel wants source validation between groups.
-    assert bench.device.smash(IOVA, b"fake", rid=VICTIM)
+@pytest.mark.parametrize("kind", [PCI_EXP_TYPE_RC_END, PCI_EXP_TYPE_ENDPOINT])
+def test_in_the_root_complex_no_other_name_is_believed(bench, kind):
+    """VT-d specification 3.12.4; so the kernel puts these functions into groups of their own, without ACS."""
+    device = bench.box.add(Hostile("0000:00:12.0", kind=kind, command=6), bench.unit)
+    for rid in (HOSTILE, VICTIM):
+        assert device.steal(IOVA, 4, rid=rid) is None
+        assert not device.smash(IOVA, b"fake", rid=rid)
+        assert device.learn(IOVA, rid=rid) is None
+        assert device.steal_translated(VICTIMS, 4, rid=rid) is None
+        assert not device.forge_interrupt(0x55, rid=rid)
+        assert device.flood(3, rid=rid) == 0
+    assert bench.memory.read(VICTIMS, 4) == bytes(4)
+    assert bench.memory.read(OWN, 4) == bytes(4)
+
+
+def test_behind_a_port_without_source_validation_it_reaches_what_the_other_has_and_no_more(bench):
+    # Nobody there can tell: this is why the kernel wants source validation between groups.
+    bench.box.add(PciBridge("0000:00:01.0", 1, acs=0), bench.unit)
+    device = bench.box.add(Hostile("0000:01:00.0", command=6), bench.unit)
+    assert device.smash(IOVA, b"fake", rid=VICTIM)
     assert bench.memory.read(VICTIMS, 4) == b"fake"
-    assert bench.device.steal(SECRET, 6, rid=VICTIM) is None
+    assert device.steal(SECRET, 6, rid=VICTIM) is None
 
 
 def test_behind_a_port_with_source_validation_no_other_name_is_believed(bench):
@@ -158,6 +176,28 @@ def test_what_it_kept_is_worth_nothing_once_the_agent_takes_no_translated_reques
     trusting.agent.trusts_translated = False
     assert not trusting.device.use_kept(IOVA, b"late")
     assert trusting.memory.read(OWN, 4) == bytes(4)
+
+
+def test_behind_a_port_with_translation_blocking_it_uses_nothing_that_it_kept(trusting):
+    """VT-d specification 4.2.2: requests with an address type do not reach the agent; page requests and others do."""
+    port = trusting.add(PciBridge("0000:00:01.0", 1))
+    device = trusting.add(Hostile("0000:01:00.0"))
+    assert device.learn(IOVA).allowed
+    assert device.use_kept(IOVA, b"fine")
+    port.config_write(0x100 + PCI_ACS_CTRL, 2, PCI_ACS_SV | PCI_ACS_TB)
+    trusting.agent.kinds()
+    assert not device.use_kept(IOVA, b"late")
+    assert device.steal_translated(OWN, 4) is None
+    assert device.learn(IOVA) is None
+    assert trusting.agent.kinds() == []
+    assert device.steal(IOVA, 4) == b"fine"
+    assert device.flood(1) == 1
+
+
+def test_a_page_request_is_whose_port_it_comes_from(trusting):
+    device = trusting.device
+    device.dma.send_page_request(PageRequest(VICTIM, -1, IOVA, 1, 3, True))
+    assert trusting.agent.page_requests == [PageRequest(device.rid, -1, IOVA, 1, 3, True)]
 
 
 def test_it_may_leave_an_invalidation_without_an_answer(trusting):

@@ -32,7 +32,9 @@ class World:
         self.unit = box.add_vtd(cap=features.cap, ecap=features.ecap)
         self.function = box.add(PciFunction("0000:00:10.0", (1, 2), 0, command=6), self.unit)
         self.function.add_msi(CAP, 3)
-        self.hostile = box.add(Hostile("0000:00:11.0", command=6), self.unit)
+        # Behind a port that believes any name: what stops it then is the remapping alone.
+        box.add(PciBridge("0000:00:1d.0", 2, acs=0), self.unit)
+        self.hostile = box.add(Hostile("0000:02:00.0", command=6), self.unit)
         self.bridge = box.add(PciBridge("0000:00:1c.0", 1, kind="pcie-to-pci"), self.unit)
         self.edu = box.add(Edu("0000:01:02.0", command=4), self.unit)
         self.pages = PageAllocator(box.memory)
