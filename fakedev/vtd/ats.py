@@ -149,7 +149,7 @@ class TranslationServices:
                 if MSI_START <= address < MSI_END:
                     raise Refused(faults.INTERRUPT_RANGE, context.fpd)
             else:
-                unit.scalable.check_translated(rid, pasid, address)
+                unit.scalable.check_translated(rid, pasid, address, access)
         except Refused as refused:
             unit.fault(request, refused.reason, refused.fpd, faults.TRANSLATED)
         if address < MSI_START:
@@ -169,13 +169,15 @@ class TranslationServices:
                 unit.check_mode()
                 if unit.mode == regs.TTM_LEGACY:
                     raise Refused(faults.PAGE_REQUEST_IN_LEGACY_MODE)
-                unit.invalidate_for_page_request(message.rid, message.pasid, message.address)
+                entry = unit.scalable.for_page_request(message.rid, message.pasid)
             except Refused as refused:
                 unit.fault(request, refused.reason, refused.fpd, page_request=True)
         except TranslationFault:
             if message.last and not message.is_stop_marker:
                 self.answer(message, PRG_INVALID)
             return
+        if not queue.overflows:  # an error condition, too: without it what is cached of the page goes first (7.4.1)
+            unit.invalidate_for_page_request(entry, message.address)
         queue.take(message)
 
     def answer(self, message: PageRequest, code: int) -> None:

@@ -22,7 +22,7 @@ class Event:
         self._control = Register(
             f"{prefix}CTL", offset, reset=regs.EVENT_IM, writable=regs.EVENT_IM, action=self._unmasked
         )
-        self._data = Register(f"{prefix}DATA", offset + 4, writable=_ONES32)
+        self._data = Register(f"{prefix}DATA", offset + 4, writable=0xFFFF)
         self._address = Register(f"{prefix}ADDR", offset + 8, writable=_ONES32 & ~3)
         self._upper = Register(f"{prefix}UADDR", offset + 12, writable=_ONES32)
 

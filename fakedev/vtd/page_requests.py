@@ -37,18 +37,23 @@ class PageRequestQueue:
     def registers(self) -> list[Register]:
         return [self._head, self._tail, self._base, self._status, *self._event.registers]
 
+    @property
+    def overflows(self) -> bool:
+        """The next request finds no room, or an overflow that software has not dealt with."""
+        size = 4096 << (self._base.value & regs.PQA_QS_MASK)
+        full = (self._tail.value + qi.PRQ_BYTES - self._head.value) % size == 0
+        return full or bool(self._status.value & regs.PRS_PRO)
+
     def take(self, request: PageRequest) -> None:
         """Put a request that met no fault into the queue."""
-        if self._status.value & regs.PRS_PRO:
+        if self.overflows:
+            if not self._status.value & regs.PRS_PRO:
+                self._set(regs.PRS_PRO)
             self._dropped(request)
             return
         size = 4096 << (self._base.value & regs.PQA_QS_MASK)
         tail = self._tail.value % size
         following = (tail + qi.PRQ_BYTES) % size
-        if following == self._head.value % size:
-            self._set(regs.PRS_PRO)
-            self._dropped(request)
-            return
         low, high = describe(request)
         data = low.to_bytes(8, "little") + high.to_bytes(8, "little") + bytes(16)
         try:

@@ -4,8 +4,9 @@ Mirrors the VT-d specification 6.5.2: descriptors of 128 and of 256 bits, which 
 (table 26), errors with their cause in IQERCD (11.4.9.9), time-outs of device TLBs, wait descriptors.
 
 Everything is done when the store to the tail returns, so draining and fences need nothing. A device TLB that does not
-complete is noticed by the next wait descriptor: that is aborted, ITE is set, and the head stays on it. Messages to
-functions and interrupts leave when the head has moved on, as what they cause may ring the tail again.
+complete is noticed by the next wait descriptor: that is aborted, ITE is set, and the head stays on it; or, without one,
+where the queue ends. Messages to functions and interrupts leave when the head has moved on, as what they cause may ring
+the tail again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fakedev.memory import ADDRESS_BITS, BusAbort
+from fakedev.memory import BusAbort
 from fakedev.pgtable.walker import load_word
 from fakedev.tlp import NO_PASID, Invalidation, PageResponse
 from fakedev.vtd import descriptors as qi
@@ -22,7 +23,6 @@ from fakedev.vtd import regs
 if TYPE_CHECKING:
     from fakedev.vtd.unit import VtdUnit
 
-_STATUS_ADDRESS = (1 << ADDRESS_BITS) - 4
 #: Outcomes of a descriptor beside the IQEI codes: done; stopped by a time-out.
 _DONE, _TIMED_OUT = -1, -2
 
@@ -36,6 +36,7 @@ class InvalidationQueue:
         at = unit.registers.by_name
         self._iqh, self._iqt, self._iqa = at["IQH"], at["IQT"], at["IQA"]
         self._fsts, self._gsts, self._error_record = at["FSTS"], at["GSTS"], at["IQERCD"]
+        self._status_address = (1 << unit.host_address_bits) - 4
         self._wait_reserved = qi.WAIT_RESERVED_LOW | (0 if caps.page_request_drain else qi.WAIT_PD)
         pfsid = 0 if caps.device_tlb_throttle else qi.DIOTLB_PFSID
         self._device_reserved = qi.DIOTLB_RESERVED_LOW | pfsid
@@ -93,6 +94,8 @@ class InvalidationQueue:
                 if self._fsts.value & (regs.FSTS_IQE | regs.FSTS_ITE) or not self._gsts.value & regs.QIE:
                     return
         self._iqh.value = head
+        if self._silent is not None:
+            self._time_out()
 
     def _wrong_setting(self, iqa: int, tail: int, size: int) -> int:
         """The IQEI code of registers that do not go together, or _DONE."""
@@ -204,10 +207,7 @@ class InvalidationQueue:
 
     def _wait(self, low: int, high: int) -> int:
         if self._silent is not None:
-            self._error_record.value &= ~(0xFFFF << regs.IQERCD_ITESID_SHIFT)
-            self._error_record.value |= self._silent << regs.IQERCD_ITESID_SHIFT
-            self._silent = None
-            self._unit.queue_error(regs.FSTS_ITE)
+            self._time_out()
             return _TIMED_OUT
         if low & qi.WAIT_SW:
             self._store_status(low, high)
@@ -215,6 +215,14 @@ class InvalidationQueue:
             self._later.append(self._unit.invalidation_completed)
         return _DONE
 
+    def _time_out(self) -> None:
+        """ITE, and whose invalidation it was; where there were several, the last one's."""
+        assert self._silent is not None
+        self._error_record.value &= ~(0xFFFF << regs.IQERCD_ITESID_SHIFT)
+        self._error_record.value |= self._silent << regs.IQERCD_ITESID_SHIFT
+        self._silent = None
+        self._unit.queue_error(regs.FSTS_ITE)
+
     def _store_status(self, low: int, high: int) -> None:
         """The status write of a wait descriptor. Where no memory answers, "behavior is undefined": the queue stops."""
-        self._unit.memory.write(high & _STATUS_ADDRESS, (low >> qi.WAIT_DATA_SHIFT).to_bytes(4, "little"))
+        self._unit.memory.write(high & self._status_address, (low >> qi.WAIT_DATA_SHIFT).to_bytes(4, "little"))

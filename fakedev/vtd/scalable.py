@@ -113,8 +113,10 @@ class ScalableMode:
             self._check_prefix(found[0], access)
         return found[0], access | found[1]
 
-    def check_translated(self, rid: int, pasid: int, address: int) -> None:
+    def check_translated(self, rid: int, pasid: int, address: int, access: int) -> None:
         """Whether a translated request may pass. Refused."""
+        if access & EXECUTE and self._major_version >= 8:
+            raise Refused(faults.EXECUTE_REQUESTED)
         context = self._context(rid)
         self._check_context(context, pasid, TRANSLATED)
         if address >> self._host_bits:

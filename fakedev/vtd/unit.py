@@ -54,6 +54,7 @@ from fakedev.vtd.page_requests import PageRequestQueue
 from fakedev.vtd.protected import ProtectedRegions
 from fakedev.vtd.queue import InvalidationQueue
 from fakedev.vtd.scalable import ScalableMode
+from fakedev.vtd.scalable_tables import Pasid
 
 _ONES32 = 0xFFFF_FFFF
 _ONES64 = 0xFFFF_FFFF_FFFF_FFFF
@@ -106,6 +107,7 @@ class VtdUnit:
         "_rtaddr",
         "_services",
         "_state",
+        "_version",
         "_warm",
         "caching",
         "caps",
@@ -153,6 +155,7 @@ class VtdUnit:
         self.contexts: dict[int, _Context] = {}
         self._warm: set[DmaPort] = set()
         self._on_fault = on_fault
+        self._version = version
         self._enter(_OFF)
         #: The translation table mode, latched with the root table; an invalid one counts as reserved.
         self.mode = regs.TTM_LEGACY
@@ -246,7 +249,7 @@ class VtdUnit:
         if (written ^ status) & regs.QIE:
             self._iqh.value = 0
             self._queue.forget()
-        switches = regs.TE | regs.QIE | remapping
+        switches = regs.TE | remapping | (regs.QIE if self.caps.queued_invalidation else 0)
         status = status & ~switches | written & switches
         self._gsts.value = status
         if before & regs.TE and not status & regs.TE and self.caps.scalable:
@@ -314,18 +317,28 @@ class VtdUnit:
         register = self.registers.by_name["CCMD"]
         if written & regs.CCMD_ICC:
             value = register.value
-            granularity = value >> 61 & 3
+            granularity = value >> 61 & 3 if self._takes_commands else 0
             self.invalidate_contexts(granularity, value & 0xFFFF, value >> 16 & 0xFFFF, value >> 32 & 3)
-            register.value = value & ~regs.CCMD_ICC | granularity << 59
+            register.value = value & ~(regs.CCMD_ICC | 3 << 59) | granularity << 59
 
     def _iotlb_command(self, _old: int, written: int) -> None:
         register = self.registers.by_name["IOTLB"]
         if written & regs.IOTLB_IVT:
             value, where = register.value, self.registers.by_name["IVA"].value
-            granularity = value >> 60 & 3
+            granularity = value >> 60 & 3 if self._takes_commands else 0
             mask, hint = where & qi.IOTLB_AM_MASK, where & qi.IOTLB_IH
+            if granularity == qi.SELECTIVE:
+                if not self.caps.page_selective:
+                    granularity = qi.DOMAIN
+                elif mask > self.caps.am_max:
+                    granularity = 0
             self.invalidate_iotlb(granularity, value >> 32 & 0xFFFF, where & -4096, mask, hint)
             register.value = value & ~(regs.IOTLB_IVT | 3 << 57) | granularity << 57
+
+    @property
+    def _takes_commands(self) -> bool:
+        """Invalidation by registers: in legacy mode, and not on hardware of version 6 or later (11.4.6)."""
+        return self.mode == regs.TTM_LEGACY and self._version >> 4 < 6
 
     def _tail(self, _old: int, _written: int) -> None:
         self._queue.run()
@@ -345,11 +358,14 @@ class VtdUnit:
         self._forget()
 
     def invalidate_iotlb(self, granularity: int, did: int, address: int, mask: int, hint: int = 0) -> None:
-        """Forget translations of a domain: GLOBAL, DOMAIN, or 1 << mask pages at `address`.
+        """Forget translations of a domain: GLOBAL, DOMAIN, or 1 << mask pages at `address`; anything else: none.
 
-        The tables above them go, too, but those above pages only without the `hint` that no table changed.
+        The tables above them go, too, but those above pages only without the `hint` that no table changed. Bits of the
+        domain id and the address beyond the unit's widths mean nothing.
         """
         length = 4096 << mask
+        did &= self.caps.ndoms - 1
+        address &= (1 << self.caps.mgaw) - 1
         if self.mode:  # not legacy
             self.scalable.invalidate_iotlb(granularity, did, address & -length, length, hint)
         elif granularity == qi.SELECTIVE:
@@ -370,19 +386,21 @@ class VtdUnit:
     ) -> None:
         """Forget translations of a PASID in a domain: all, or 1 << mask pages of its first stage at `address`."""
         length = 4096 << mask
+        did &= self.caps.ndoms - 1
         self.scalable.invalidate_pasid_iotlb(granularity, did, pasid, address & -length, length, hint)
         if self._warm:
             self._forget()
 
     def invalidate_pasids(self, granularity: int, did: int, pasid: int) -> None:
         """Forget PASID-table entries: all, a domain's, or those of one PASID in a domain."""
-        self.scalable.invalidate_pasids(granularity, did, pasid)
+        self.scalable.invalidate_pasids(granularity, did & self.caps.ndoms - 1, pasid)
         self._forget()
 
     def invalidate_contexts(self, granularity: int, did: int, sid: int, ignored: int) -> None:
         """Forget context entries: all, a domain's, or those of a source, of whose function bits some are ignored."""
         # From the most significant bit down (table 21).
         keep = 0xFFFF & ~(0, 4, 6, 7)[ignored]
+        did &= self.caps.ndoms - 1
         if self.mode != regs.TTM_LEGACY:
             if granularity:
                 self.scalable.invalidate_contexts(granularity, sid, keep)
@@ -397,9 +415,9 @@ class VtdUnit:
                 del self.contexts[rid]
         self._forget()
 
-    def invalidate_for_page_request(self, rid: int, pasid: int, address: int) -> None:
-        """The implicit invalidation of 6.5.3.1. Refused where the tables refuse the page request."""
-        self.scalable.invalidate_for_page_request(self.scalable.for_page_request(rid, pasid), address)
+    def invalidate_for_page_request(self, entry: Pasid, address: int) -> None:
+        """The implicit invalidation of 6.5.3.1."""
+        self.scalable.invalidate_for_page_request(entry, address)
         self._forget()
 
     def respond(self, rid: int, response: PageResponse) -> None:

@@ -5,6 +5,7 @@ import pytest
 from fakedev.endpoints.hostile import Hostile
 from fakedev.smmuv3 import commands as c
 from fakedev.smmuv3 import regs as smmu_regs
+from fakedev.vtd import descriptors as qi
 from tests.fakedev.smmuv3 import bench as smmu
 from tests.fakedev.vtd import rig as vtd
 
@@ -26,7 +27,7 @@ class Vtd:
 
     def unmap(self):
         self.rig.word(self.leaf, 0)
-        self.rig.set(self.rig.features.iro * 16 + 8, 1 << 63 | 1 << 60, 8)
+        self.rig.submit(qi.iotlb(0, 0, 0, qi.GLOBAL))
 
 
 class Smmu:

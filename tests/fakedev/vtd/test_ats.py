@@ -2,7 +2,7 @@
 
 import pytest
 
-from fakedev.dma import NO_PASID, READ, WRITE, DmaAbort
+from fakedev.dma import EXECUTE, NO_PASID, READ, WRITE, DmaAbort
 from fakedev.vtd import descriptors as qi
 from fakedev.vtd import entries, regs
 from tests.fakedev.vtd.rig import DID, DIRECTORY, FIRST, FLAGS, PAGE, PASID, PRQ, RID, SECOND, UPPER
@@ -175,6 +175,8 @@ def test_the_translation_type_of_legacy_mode_allows_or_blocks(rig, tt, reason):
         (0x49, lambda r: r.context(flags=FLAGS & ~entries.SM_EPTR), PASID, PAGE),
         (0x89, lambda r: None, 1 << 16, PAGE),
         (0x83, lambda r: None, NO_PASID, 1 << 46),
+        (0x87, lambda r: None, NO_PASID, 0xFEE0_0000),
+        (0x87, lambda r: None, PASID, 0xFEEF_FFFC),
     ],
 )
 def test_translated_requests(rig, reason, wrong, pasid, address):
@@ -187,6 +189,46 @@ def test_translated_requests(rig, reason, wrong, pasid, address):
     with pytest.raises(DmaAbort):
         made.dma.write_translated(address, b"data", pasid)
     assert (made.record()["reason"], made.record()["at"], made.record()["type"]) == (reason, 2, "write")
+
+
+def test_a_translated_request_ends_where_the_interrupt_range_begins(rig):
+    """3.15, 4.2.5: what lies in front of it is written, the rest is a fault of its own."""
+    made = prepared(rig, S)
+    with pytest.raises(DmaAbort):
+        made.dma.read_translated(0xFEE0_0000 - 4, 8)
+    assert made.record() is None  # nobody answers in front of it
+    with pytest.raises(DmaAbort):
+        made.dma.write_translated(0xFEE0_0000, bytes(4))
+    assert (made.record()["reason"], made.record()["at"], made.record()["address"]) == (0x87, 2, 0xFEE0_0000)
+
+
+def test_in_legacy_mode_a_translated_request_to_the_interrupt_range_is_fault_eh(rig):
+    made = rig(mode=0)
+    made.root(low=UPPER | 1, high=0)
+    made.words(UPPER + 16 * RID, (SECOND[0] | 1 << 2 | 1, DID << 8 | 2))
+    made.start()
+    with pytest.raises(DmaAbort):
+        made.dma.write_translated(0xFEE0_0000, bytes(4))
+    assert (made.record()["reason"], made.record()["at"]) == (0xE, 2)
+
+
+@pytest.mark.parametrize(("version", "reason"), [(0x70, None), (0x80, 0x34)])
+def test_an_execute_request_is_refused_by_new_hardware_translated_or_not(rig, version, reason):
+    """RTA.5 of table 30: untranslated, translation and translated requests."""
+    made = prepared(rig, S, version=version, ers=1)
+    made.memory.write(PAGE, b"data")
+    if reason is None:
+        assert made.dma.read_translated(PAGE, 4, PASID, READ | EXECUTE) == b"data"
+        return
+    for request in (
+        lambda: made.dma.read_translated(PAGE, 4, PASID, READ | EXECUTE),
+        lambda: made.dma.read(IOVA, 4, PASID, execute=True),
+        lambda: made.dma.request_translation(IOVA, READ | EXECUTE, PASID),
+    ):
+        with pytest.raises(DmaAbort):
+            request()
+    found = [made.record(n) for n in range(3)]
+    assert [(each["reason"], each["at"], each["exe"]) for each in found] == [(0x34, 2, 1), (0x34, 0, 1), (0x34, 1, 1)]
 
 
 # -- page requests ---------------------------------------------------------------------------------------------------
@@ -322,6 +364,24 @@ def test_a_page_request_invalidates_what_it_is_about(rig, pgtt, other_left):
     made.page_request(IOVA)
     assert not made.allowed(IOVA, READ, PASID)
     assert made.allowed(other, READ, PASID) == other_left
+
+
+def test_a_page_request_that_overflows_invalidates_nothing(rig):
+    """7.4.1: the implicit invalidation is for requests that meet no error condition; a full queue is one."""
+    made = prepared(rig, F)
+    leaf = made.map_first(IOVA, PAGE)
+    assert made.allowed(IOVA, READ, PASID)
+    made.word(leaf, 0)
+    for _ in range(127):
+        made.page_request(0x10_0000, last=False)
+    for overflow in (regs.PRS_PRO, 0):  # the queue is full, then the overflow is pending
+        made.page_request(IOVA)
+        assert made.allowed(IOVA, READ, PASID)
+        made.set(regs.PQH, 64 if overflow else 0, 8)
+    made.set(regs.PRS, regs.PRS_PRO)
+    made.set(regs.PQH, 64, 8)
+    made.page_request(IOVA)
+    assert not made.allowed(IOVA, READ, PASID)
 
 
 def test_a_unit_without_page_requests_has_no_registers_for_them(rig):
