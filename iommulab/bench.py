@@ -23,8 +23,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from iommulab.arguments import seconds, whole
 from iommulab.backends import model
 from iommulab.errors import UserError
+from iommulab.files import check_writable, write
 from iommulab.guest import make_guest
 from iommulab.kernel_images import Image, find_image
 from iommulab.measure import AREA_COUNTS, Figures
@@ -70,17 +72,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="where the real kernel is (default: auto)",
     )
     parser.add_argument("--kernel-image", type=Path, metavar="PATH", help="the image to boot for --on vm")
-    parser.add_argument("--seconds", type=float, default=0.3, help="time for one figure (default: 0.3)")
-    parser.add_argument("--areas", type=int, default=AREA_COUNTS[-1], help="the largest number of mappings")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
+    parser.add_argument(
+        "--seconds", type=seconds, default=0.3, metavar="SECONDS", help="time for one figure (default: 0.3)"
+    )
+    parser.add_argument(
+        "--areas",
+        type=whole(AREA_COUNTS[0], AREA_COUNTS[-1]),
+        default=AREA_COUNTS[-1],
+        metavar="N",
+        help="the largest number of mappings (default: %(default)s)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.seconds <= 0 or args.areas < AREA_COUNTS[0]:
-        raise UserError(f"--seconds is more than 0, --areas at least {AREA_COUNTS[0]}")
-    if args.json and not os.access(Path(args.json).absolute().parent, os.W_OK):
-        raise UserError(f"{args.json} cannot be written")
+    if args.json is not None:
+        check_writable(args.json)
     where = args.on
     if where == "auto":
         where = "vm" if args.kernel_image else "linux" if os.path.exists(DEV_IOMMU) else "model"
@@ -90,8 +98,8 @@ def run(args: argparse.Namespace) -> int:
     ours, real, place = _client_columns(where, args, say)
     rows = [*_call_rows(ours, real), *_dma_rows(args.seconds, say), *_unit_rows(args.seconds, say)]
     _print(rows, real is not None, place)
-    if args.json:
-        Path(args.json).write_text(json.dumps(_as_json(rows, place), indent=1) + "\n", encoding="utf-8")
+    if args.json is not None:
+        write(args.json, (json.dumps(_as_json(rows, place), indent=1) + "\n").encode())
     return 0
 
 

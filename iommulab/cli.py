@@ -7,6 +7,7 @@ import os
 import sys
 from importlib import import_module
 
+from iommulab.arguments import Parser
 from iommulab.errors import UserError
 from iommulab.session import Stopped, signals_unwind
 
@@ -28,7 +29,7 @@ COMMANDS = {
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
     """The command line; with only one command's module loaded where that is known to be the one."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="iommulab",
         description="A Linux kernel-ABI compatibility shim and test harness for iommufd and VFIO.",
     )

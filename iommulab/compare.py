@@ -193,9 +193,11 @@ def print_comparison(console: Console, found: Comparison) -> None:
         say(f"\n… and {len(shown) - SHOWN} more that differ")
     for entry in found.stale:
         say(f"\nSTALE {differences.FILE.name}, line {entry.line}: {entry.test} does not differ any more")
+    alone = sum(NOT_RUN in (one.left, one.right) for one in found.unexplained)
     say(
         f"\n{found.same} tests are the same; {explained} differ as {differences.FILE.name} says; "
-        f"{len(found.unexplained)} differ without an entry"
+        f"{len(found.unexplained) - alone} differ without an entry"
+        + (f"; {alone} ran on one side only" if alone else "")
     )
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from rich.table import Table
 
 from iommulab.errors import UserError
+from iommulab.files import check_writable
 from iommulab.guest import make_guest
 from iommulab.kernel_build import check_tree
 from iommulab.kernel_images import cache, find_image
@@ -31,6 +32,7 @@ from iommulab.progress import SuiteProgress
 from iommulab.reports import write_all
 from iommulab.results import Results, Test, load
 from iommulab.session import Session, kill
+from iommulab.suite import need_linux
 from iommulab.terminal import console
 from uapi.version import NEWEST
 
@@ -56,13 +58,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--kernel-image", type=Path, metavar="PATH", help="the kernel that --on vm boots")
     parser.add_argument("--program", action="append", choices=PROGRAMS, help="only this one; may be repeated")
     parser.add_argument("--expect", metavar="RUN", help="fail only where this run (or recorded:NAME) is better")
-    parser.add_argument("--report", type=Path, default=Path("report/selftest"), metavar="DIR", help="%(default)s")
+    parser.add_argument(
+        "--report", type=Path, default=Path("report/selftest"), metavar="DIR", help="default: %(default)s"
+    )
     parser.add_argument("--record", type=Path, metavar="FILE", help="keep the run's JSON here too (.json or .json.gz)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """0; 1 where a test failed, or with --expect, where one is worse than there."""
+    if args.on == "linux":
+        need_linux()
+    if args.record is not None:
+        check_writable(args.record)
     expected = load(args.expect) if args.expect else None
     programs = build(args.tree, args.program or PROGRAMS)
     results = Results(on=args.on, machine="mock", python=sys.version.split()[0])

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+from iommulab.files import write
 from iommulab.results import Results, Test
 
 
@@ -14,8 +15,8 @@ def write_all(results: Results, directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{results.on}.{ending}" for ending in ("json", "ktap", "xml")]
     results.save(paths[0])
-    paths[1].write_text(ktap(results))
-    paths[2].write_bytes(junit(results))
+    write(paths[1], ktap(results).encode())
+    write(paths[2], junit(results))
     return paths
 
 

@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_origin, get_type_hints
 
 import conformance
 from iommulab.errors import UserError
+from iommulab.files import write
 
 FORMAT = "iommulab-run/1"
 #: Where the suite lies, installed or in a checkout.
@@ -113,10 +114,7 @@ class Results:
         tests = data.pop("tests")
         lines = ",\n".join(json.dumps(test, separators=(",", ":"), sort_keys=True) for test in tests)
         text = json.dumps(data, indent=1)[:-2] + ',\n "tests": [\n' + lines + "\n]\n}\n"
-        if path.suffix == ".gz":
-            path.write_bytes(gzip.compress(text.encode(), mtime=0))
-        else:
-            path.write_text(text)
+        write(path, gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
 
 
 def _lean(test: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +139,7 @@ def load(name: str) -> Results:
     try:
         data = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
         return _from_json(data)
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zlib.error) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{name} is not a run of the conformance suite ({error})") from error
 
 
@@ -156,4 +154,27 @@ def _from_json(data: Any) -> Results:
         if test.verdict not in VERDICTS:
             raise ValueError(f"verdict {test.verdict!r} of {test.id}")
         tests.append(test)
-    return Results(**fields, tests=tests)
+    found = Results(**fields, tests=tests)
+    _check(found, "the run")
+    for test in tests:
+        _check(test, str(test.id))
+        if not all(map(_is_call, test.calls)):
+            raise ValueError(f"a call of {test.id} is none")
+    return found
+
+
+def _is_call(call: Any) -> bool:
+    kinds = {"call": str, "in": dict, "out": dict, "times": int}
+    return (
+        isinstance(call, dict)
+        and "call" in call
+        and all(isinstance(call.get(key, kind()), kind) for key, kind in kinds.items())
+    )
+
+
+def _check(entry: Results | Test, of: str) -> None:
+    """ValueError where a field is not what it should be: a file from elsewhere, or written by hand."""
+    for name, kind in get_type_hints(type(entry)).items():
+        want = get_origin(kind) or kind
+        if want is not ClassVar and not isinstance(getattr(entry, name), (int, float) if want is float else want):
+            raise ValueError(f"{name} of {of} is no {want.__name__}")

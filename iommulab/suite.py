@@ -17,7 +17,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from iommulab.arguments import seconds, whole
 from iommulab.errors import UserError
+from iommulab.files import check_writable
 from iommulab.follow import Follower, Launch, Limits, tail
 from iommulab.guest.arm64 import ROOT_NAME
 from iommulab.guest.machines import find_machine
@@ -141,32 +143,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--report", type=Path, default=Path("report"), metavar="DIR", help="default: report")
     parser.add_argument("--record", type=Path, metavar="FILE", help="keep the run's JSON here too (.json or .json.gz)")
     parser.add_argument("-k", dest="expression", metavar="EXPR", help="tests whose names match, as in pytest")
-    parser.add_argument("-n", dest="workers", type=_count, metavar="N", help="parallel processes on the model")
+    parser.add_argument("-n", dest="workers", type=whole(1, 256), metavar="N", help="parallel processes on the model")
     parser.add_argument(
         "--fail-nth",
         nargs="?",
-        type=int,
+        type=whole(0, 1_000_000),
         const=0,
         metavar="N",
         help="each ioctl of N tests (default: of all) first meets every failure that it can",
     )
-    parser.add_argument("--test-time", type=_seconds, default=120.0, metavar="SECONDS", help="limit of one test")
-    parser.add_argument("--total-time", type=_seconds, default=1500.0, metavar="SECONDS", help="limit of the run")
+    parser.add_argument("--test-time", type=seconds, default=120.0, metavar="SECONDS", help="limit of one test")
+    parser.add_argument("--total-time", type=seconds, default=1500.0, metavar="SECONDS", help="limit of the run")
     parser.set_defaults(run=run)
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 256:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 256")
-    return number
-
-
-def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 < number < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not a time limit in seconds")
-    return number
 
 
 def run(args: argparse.Namespace) -> int:
@@ -180,6 +168,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("-n is for --on model: one real kernel runs one test at a time")
     if args.caching != DEFAULT_CACHING and args.on != "model":
         raise UserError("--caching is for --on model: what real hardware keeps is its own affair")
+    if args.dmabuf_get != "fd" and args.on != "model":
+        raise UserError("--dmabuf-get is for --on model")
+    if args.on == "linux" and (args.kernel is not None or args.machine != DEFAULT_MACHINE):
+        raise UserError("--kernel and --machine are not for --on linux: it tests what runs here")
     selection = select_tests(args.tests)
     if args.expression:
         selection = ["-k", args.expression, *selection]
@@ -189,8 +181,11 @@ def run(args: argparse.Namespace) -> int:
     results = Results(on=args.on, machine=args.machine if args.on != "linux" else "")
     try:
         args.report.mkdir(parents=True, exist_ok=True)
+        check_writable(args.report / f"{args.on}.json")
     except OSError as error:
         raise UserError(f"cannot write to {args.report}: {(error.strerror or str(error)).lower()}") from error
+    if args.record is not None:
+        check_writable(args.record)
     # Deaths are noticed from outside, a little after the limit that the test process itself keeps.
     limits = Limits(test=args.test_time + 20, boot=300, total=args.total_time)
     with tempfile.TemporaryDirectory(prefix="iommulab-") as scratch, SuiteProgress(console, args.on) as progress:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from iommulab.arguments import seconds, whole
 from iommulab.errors import UserError
+from iommulab.files import check_writable
 from iommulab.fuzz.compare import outcome
 from iommulab.fuzz.hunt import Finding, Hunt, HuntProgress, Run, check
 from iommulab.fuzz.machines import GENERATORS
@@ -53,12 +55,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="mock",
         help="whose devices programs use: the mock driver's, or edu behind this machine's IOMMU (default: mock)",
     )
-    parser.add_argument("--programs", type=_count, default=1000, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--calls", type=_count, default=30, metavar="N", help="calls of a program (default: 30)")
-    parser.add_argument("--seed", type=_seed, metavar="N", help="where programs come from (default: a new one)")
-    parser.add_argument("--program", type=_index, metavar="K", help="only this one of the seed, call by call")
-    parser.add_argument("--time", type=float, default=float("inf"), metavar="SECONDS", help="start none after this")
-    parser.add_argument("--show", type=_count, default=5, metavar="N", help="differences to shrink and print")
+    parser.add_argument(
+        "--programs", type=whole(1, 10_000_000), default=1000, metavar="N", help="how many (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--calls", type=whole(1, 10_000_000), default=30, metavar="N", help="calls of a program (default: 30)"
+    )
+    parser.add_argument(
+        "--seed", type=whole(0, (1 << 64) - 1), metavar="N", help="where programs come from (default: a new one)"
+    )
+    parser.add_argument(
+        "--program", type=whole(0, (1 << 63) - 1), metavar="K", help="only this one of the seed, call by call"
+    )
+    parser.add_argument("--time", type=seconds, default=float("inf"), metavar="SECONDS", help="start none after this")
+    parser.add_argument(
+        "--show", type=whole(1, 10_000_000), default=5, metavar="N", help="differences to shrink and print (default: 5)"
+    )
     parser.add_argument(
         "--dmabuf", action="store_true", help="with dma-bufs: for kernels whose DMABUF_GET returns the descriptor"
     )
@@ -75,27 +87,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(run=run)
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 10_000_000:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 10,000,000")
-    return number
-
-
-def _index(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("programs count from 0")
-    return number
-
-
-def _seed(text: str) -> int:
-    number = int(text, 0)
-    if not 0 <= number < 1 << 64:
-        raise argparse.ArgumentTypeError(f"{text} is no number of 64 bits")
-    return number
-
-
 def run(args: argparse.Namespace) -> int:
     """0 where all answers are the same, 1 where some are not."""
     console = make_console()
@@ -103,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("files are for --against recorded")
     if args.against != "vm" and (args.kernel or args.kernel_image):
         raise UserError("--kernel and --kernel-image say what --against vm boots")
+    if args.record is not None:
+        check_writable(args.record / "part" if args.record.is_dir() else args.record)
     if args.against == "recorded":
         if args.record is not None:
             raise UserError("--record wants a real kernel: --against vm or linux")
@@ -131,6 +124,13 @@ def model_release(release: str) -> str:
     return text if parse(text).series <= parse(NEWEST).series else NEWEST
 
 
+def _model(version: str, machine: str) -> ModelSide:
+    try:
+        return ModelSide(version, machine)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def _live(console: Console, args: argparse.Namespace, target: Target) -> int:
     on = "" if args.machine == "mock" else f", {args.machine}"
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 32)
@@ -142,12 +142,8 @@ def _live(console: Console, args: argparse.Namespace, target: Target) -> int:
         markup=False,
         highlight=False,
     )
-    try:
-        model = ModelSide(version, args.machine)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     began = time.monotonic()
-    with model:
+    with _model(version, args.machine) as model:
         hunt = Hunt(console, args, target, model, seed)
         hunt.need_mock_driver()
         if args.machine != "mock":
@@ -238,7 +234,7 @@ def _recorded(console: Console, args: argparse.Namespace) -> int:
     began = time.monotonic()
     for path in paths:
         vectors = load(path)
-        with ModelSide(args.model or model_release(vectors.release), vectors.machine) as model:
+        with _model(args.model or model_release(vectors.release), vectors.machine) as model:
             for number, program, answer in vectors.items:
                 done += 1
                 told = check(model, program, answer)

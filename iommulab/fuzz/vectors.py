@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from iommulab.errors import UserError
+from iommulab.files import write
 from iommulab.fuzz.executor import Answer
 from iommulab.fuzz.program import Program, compile_program
 
@@ -53,11 +54,7 @@ class Vectors:
             data["machine"] = self.machine
         data["programs"] = items
         text = json.dumps(data, separators=(",", ":")).encode()
-        try:
-            with path.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, 0) as file:
-                file.write(text)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
+        write(path, gzip.compress(text, 9, mtime=0))
         return [path]
 
 
@@ -71,7 +68,7 @@ def load(path: Path) -> Vectors:
         for number, calls, *packed in data["programs"]:
             program = Program.from_json(calls)
             found.items.append((number, program, _unpack(program, packed)))
-    except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (ValueError, LookupError, TypeError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is no file of recorded answers: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error

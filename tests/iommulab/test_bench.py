@@ -51,9 +51,13 @@ def test_bench_of_the_model_alone_has_calls_and_dma(tmp_path: Path, capsys: pyte
     assert "no real kernel beside it" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--seconds", "0"], ["--areas", "1"], ["--json", "/nonexistent/x.json"]])
+@pytest.mark.parametrize("arguments", [["--seconds", "0"], ["--seconds", "nan"], ["--areas", "1"], ["--json", "/"]])
 def test_bad_arguments_of_bench_are_one_sentence_and_status_2(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "--on", "model", *arguments]) == 2
+    try:
+        status = main(["bench", "--on", "model", *arguments])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

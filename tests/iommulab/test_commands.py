@@ -87,7 +87,18 @@ def test_one_test_by_id_and_a_record(tmp_path: Path) -> None:
         (["conformance", "--on", "vm", "--kernel-image", "/not/there"], "cannot read the kernel image"),
         (["conformance", "--on", "vm", "--kernel-image", "/etc/passwd"], "is not a kernel image"),
         (["conformance", "--report", "/proc/nowhere", "ioas_alloc"], "cannot write to"),
+        (["conformance", "--record", "/proc/nowhere", "ioas_alloc"], "cannot write /proc/nowhere"),
+        (["conformance", "--record", "/not/there/run.json", "ioas_alloc"], "cannot write /not/there/run.json"),
+        (["conformance", "--record", "/", "ioas_alloc"], "cannot write /: is a directory"),
+        (["conformance", "-n", "many"], "many is no whole number from 1 to 256"),
+        (["conformance", "--fail-nth", "-3"], "-3 is no whole number"),
+        (["conformance", "--test-time", "soon"], "soon is no time in seconds"),
+        (["conformance", "--on", "linux", "--machine", "mock"], "it tests what runs here"),
+        (["conformance", "--on", "vm", "--dmabuf-get", "0"], "--dmabuf-get is for --on model"),
         (["kernel", "build", "/"], "is not a Linux source tree"),
+        (["fuzz", "--against", "recorded", "--model", "9.9"], "9.9 is no release that the model knows"),
+        (["fuzz", "--against", "recorded", "--seed", "x"], "x is no whole number from 0"),
+        (["nothing"], "invalid choice: 'nothing'"),
         (["compare", "a", "b"], "cannot read a"),
     ],
 )
@@ -98,6 +109,7 @@ def test_bad_input_is_one_sentence_and_status_2(arguments: list[str], message: s
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) <= 1 + done.stderr.startswith("vm:"), done.stderr
 
 
 @pytest.mark.skipif(os.path.exists(DEV_IOMMU), reason="/dev/iommu is here")

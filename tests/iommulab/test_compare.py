@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from iommulab.cli import main
 from iommulab.compare import compare, print_comparison
 from iommulab.differences import parse
 from iommulab.errors import UserError
-from iommulab.results import Results, Test
+from iommulab.results import FORMAT, Results, Test
 
 ID = "test_ioas_map.py::test_x"
 ENTRY = """
@@ -150,13 +151,47 @@ def test_runs_that_ship_can_be_compared_by_name(capsys: pytest.CaptureFixture[st
     assert "0 differ without an entry" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "iommulab-run/1"}', "\x1f\x8bnot gzip", "\0" * 9])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"format": "iommulab-run/1"}', "\x1f\x8bnot gzip", "\0" * 9, "[" * 99999]
+)
 def test_what_is_no_run_is_one_sentence(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.json").write_bytes(content.encode("latin-1"))
     assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert "is not a run of the conformance suite" in told
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"tests": "none"},
+        {"tests": [1]},
+        {"tests": [{"verdict": "passed"}]},
+        {"tests": [{"id": 7, "verdict": "passed"}]},
+        {"tests": [{"id": ID, "verdict": "well"}]},
+        {"tests": [{"id": ID, "verdict": "passed", "calls": 5}]},
+        {"tests": [{"id": ID, "verdict": "passed", "calls": ["open"]}]},
+        {"tests": [{"id": ID, "verdict": "passed", "calls": [{"call": "open", "out": 3}]}]},
+        {"tests": [{"id": ID, "verdict": "passed", "markers": 3}]},
+        {"tests": [], "release": 7.3},
+        {"tests": [], "environment": "vm"},
+    ],
+)
+def test_a_run_with_a_wrong_type_in_it_is_one_sentence(
+    tmp_path: Path, broken: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"format": FORMAT, "on": "model"} | broken))
+    assert main(["compare", str(tmp_path / "a.json"), "recorded:7.3.4"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "is not a run of the conformance suite" in told
+
+
+def test_tests_that_only_one_side_ran_are_told_apart_from_those_that_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    found = compare(Results("model", "model", "7.3"), Results("vm", "linux", "7.3.4", tests=[passed(call())]), [])
+    print_comparison(Console(), found)
+    assert "0 differ without an entry; 1 ran on one side only" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", ["/not/there.json", "recorded:0.1", "/"])
