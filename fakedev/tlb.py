@@ -176,22 +176,22 @@ class TableCache:
     An entry serves all addresses below its table, and outlives whatever software does to the item that it came from.
     """
 
-    __slots__ = ("_shifts", "_tags")
+    __slots__ = ("_tags",)
 
     def __init__(self) -> None:
-        self._tags: dict[int, Tables] = {}
-        self._shifts: dict[int, tuple[int, int]] = {}
+        #: By tag, then by granule and index bits: one tag may have tables of several formats.
+        self._tags: dict[int, dict[tuple[int, int], Tables]] = {}
 
     def of(self, tag: int, granule_lg2: int, index_bits: int) -> Tables:
         """The tables of a tag, for a format of that granule."""
-        found = self._tags.get(tag)
+        formats = self._tags.setdefault(tag, {})
+        found = formats.get((granule_lg2, index_bits))
         if found is None:
-            found = self._tags[tag] = [{} for _ in range(5)]
-            self._shifts[tag] = granule_lg2, index_bits
+            found = formats[granule_lg2, index_bits] = [{} for _ in range(5)]
         return found
 
     def __len__(self) -> int:
-        return sum(len(level) for tables in self._tags.values() for level in tables)
+        return sum(len(level) for formats in self._tags.values() for tables in formats.values() for level in tables)
 
     def tags(self) -> list[int]:
         """The tags that have entries."""
@@ -207,16 +207,13 @@ class TableCache:
 
     def clear_range(self, tag: int, start: int, length: int) -> None:
         """Invalidate the entries of a tag that serve an address in [start, start + length)."""
-        tables = self._tags.get(tag)
-        if tables is None:
-            return
-        granule_lg2, bits = self._shifts[tag]
         last = start + length - 1
-        for level, entries in enumerate(tables):
-            if entries:
-                shift = granule_lg2 + bits * (level + 1)
-                for number in _between(entries, start >> shift, last >> shift):
-                    del entries[number]
+        for (granule_lg2, bits), tables in self._tags.get(tag, {}).items():
+            for level, entries in enumerate(tables):
+                if entries:
+                    shift = granule_lg2 + bits * (level + 1)
+                    for number in _between(entries, start >> shift, last >> shift):
+                        del entries[number]
 
 
 def _between(entries: Mapping[int, object], low: int, high: int) -> list[int]:

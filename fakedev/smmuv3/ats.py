@@ -158,6 +158,7 @@ class Ats:
         if queue.indexes.full() or queue.overflowed():
             queue.overflow()
             self._overflowed(request)
+            unit.pri_interrupt(False, request.last)
             return
         was_empty = queue.indexes.empty()
         if not queue.put(self._words(request)):

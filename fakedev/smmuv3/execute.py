@@ -231,12 +231,14 @@ class Commands:
         # TERM_MODEL is 1: a terminated transaction is aborted, whatever Ab says.
         outcome = Outcome.RETRY if low & c.RESUME_RETRY else Outcome.ABORT
         self._unit.stalls.resume(low >> 32, c.RESUME_STAG.get(high), outcome)
+        self._unit.retry_stalls()
         return CERROR_NONE
 
     def _stall_term(self, low: int, _high: int) -> int:
         if low & c.SSEC:
             return CERROR_ILL
         self._unit.stalls.terminate(low >> 32)
+        self._unit.retry_stalls()
         return CERROR_NONE
 
     def _sync(self, low: int, high: int) -> int:

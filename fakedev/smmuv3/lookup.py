@@ -96,8 +96,8 @@ class Configuration:
     def read_ste(self, sid: int, l1stds: dict[int, int]) -> Ste:
         """The STE in memory; level 1 descriptors come from, and go to, `l1stds`. Raises ConfigurationError."""
         config, base = self._base_cfg(), self._base() & regs.STRTAB_BASE_ADDR_MASK
-        log2 = min(regs.STRTAB_LOG2SIZE.get(config), self.features.sid_bits)
-        if sid >> log2:
+        log2 = regs.STRTAB_LOG2SIZE.get(config)  # beyond SIDSIZE the table is aligned to it, and unreachable
+        if sid >> min(log2, self.features.sid_bits):
             raise ConfigurationError(events.C_BAD_STREAMID)
         two_level = self.features.two_level_stream_table
         if two_level and regs.STRTAB_FMT.get(config) == regs.STRTAB_FMT_2LVL:

@@ -2,7 +2,7 @@
 
 Mirrors Arm IHI 0070, 3.12.2, 4.7.1, 4.7.2 and 7.2.1. A stalled transaction has an event record with a token (STAG) by
 which CMD_RESUME finds it. Where the event queue cannot take the record, or no token is free, the transaction waits
-unrecorded and is retried once the queue can be written: the fault that it then meets is what is recorded.
+unrecorded and is retried once there is space, or a token again: the fault that it then meets is what is recorded.
 
 Left out: early retry, and suppression of records of the same page (both permitted, never required).
 """
@@ -69,7 +69,7 @@ class Stalls:
         self._unrecorded = [entry for entry in self._unrecorded if not wanted(entry[0])]
 
     def retry_unrecorded(self) -> None:
-        """The event queue can be written again."""
+        """The event queue can be written, and there may be a token."""
         waiting, self._unrecorded = self._unrecorded, []
         self._ended += [(parked, Outcome.RETRY) for _, parked in waiting]
 

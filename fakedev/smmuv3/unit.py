@@ -171,10 +171,11 @@ class SmmuV3:
         elif f.pri:
             found.append(Register("PRIQ_IRQ_CFG2", regs.PRIQ_IRQ_CFG2))
         by_name = {register.name: register for register in found}
-        queue_base = regs.Q_BASE_RWA | regs.Q_BASE_ADDR_MASK | regs.Q_BASE_LOG2SIZE.mask
+        pa = (1 << f.oas) - 1  # the registers hold no more of an address (3.4.3)
+        queue_base = regs.Q_BASE_RWA | regs.Q_BASE_ADDR_MASK & pa | regs.Q_BASE_LOG2SIZE.mask
         fmt = regs.STRTAB_FMT.mask | regs.STRTAB_SPLIT.mask if f.two_level_stream_table else 0
         guarded = [
-            (regs.CR0_SMMUEN, "STRTAB_BASE", regs.STRTAB_BASE_RA | regs.STRTAB_BASE_ADDR_MASK),
+            (regs.CR0_SMMUEN, "STRTAB_BASE", regs.STRTAB_BASE_RA | regs.STRTAB_BASE_ADDR_MASK & pa),
             (regs.CR0_SMMUEN, "STRTAB_BASE_CFG", regs.STRTAB_LOG2SIZE.mask | fmt),
             (regs.CR0_SMMUEN, "CR2", by_name["CR2"].writable),
             (regs.CR0_CMDQEN, "CMDQ_BASE", queue_base),
@@ -192,7 +193,7 @@ class SmmuV3:
             (bit, by_name[f"{name}_IRQ_CFG{n}"], mask)
             for bit, name in ((regs.IRQ_GERROR, "GERROR"), (regs.IRQ_EVENTQ, "EVENTQ"), (regs.IRQ_PRIQ, "PRIQ"))
             for n, mask in (
-                (0, regs.IRQ_CFG0_ADDR_MASK),
+                (0, regs.IRQ_CFG0_ADDR_MASK & pa),
                 (1, _ONES32),
                 (2, attributes | (regs.PRIQ_IRQ_CFG2_LO if name == "PRIQ" else 0)),
             )
@@ -276,10 +277,14 @@ class SmmuV3:
         self._run_commands()
 
     def _event_space(self, _old: int, _written: int) -> None:
+        self.retry_stalls()
+        if not self._running:
+            self.stalls.settle()
+
+    def retry_stalls(self) -> None:
+        """What had to wait for space in the event queue, or for a token, may try again if there is space."""
         if len(self.stalls) and self.eventq.writable():
             self.stalls.retry_unrecorded()
-            if not self._running:
-                self.stalls.settle()
 
     # -- interrupts --------------------------------------------------------------------------------------------------
 
@@ -312,7 +317,7 @@ class SmmuV3:
     def signal_sync(self, address: int, data: int) -> None:
         """SYNC is complete, and asks for an interrupt."""
         if self.features.msi and address:
-            self._message(address, data, regs.GERROR_MSI_CMDQ_ABT_ERR)
+            self._message(address & (1 << self.features.oas) - 1, data, regs.GERROR_MSI_CMDQ_ABT_ERR)
         if self.wired is not None:
             self.wired("cmdq-sync")
 
@@ -486,7 +491,7 @@ class SmmuV3:
         self._ats.page_request(request)
 
     def pri_interrupt(self, was_empty: bool, last: bool) -> None:
-        """A page request has been written to the PRI queue."""
+        """A page request has been written to the PRI queue, or has found it full."""
         config = self.registers.by_name.get("PRIQ_IRQ_CFG2")
         on_last = config is not None and bool(config.value & regs.PRIQ_IRQ_CFG2_LO)
         if last if on_last else was_empty:

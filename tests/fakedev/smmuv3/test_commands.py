@@ -6,7 +6,7 @@ from fakedev.dma import WRITE, Outcome
 from fakedev.smmuv3 import commands as c
 from fakedev.smmuv3 import entries as e
 from fakedev.smmuv3 import events, regs
-from fakedev.smmuv3.regs import STALL_FORCED, STALL_NEVER
+from fakedev.smmuv3.regs import STALL_FORCED, STALL_MAX, STALL_NEVER
 from tests.fakedev.smmuv3.bench import (
     ASID,
     CMDQ,
@@ -438,6 +438,24 @@ def test_stall_that_the_full_queue_cannot_take_is_retried_when_there_is_space(st
     last.then(retried.append)
     stalling.event()
     assert retried == [Outcome.RETRY]
+
+
+def test_stall_without_a_token_is_retried_when_one_is_free(stalling):
+    """4.7.1: "the STAG value of a stall event record matched by CMD_RESUME is returned to the set of values"."""
+    tags = []
+    for _ in range(STALL_MAX):
+        stalling.parks(VA)
+        tags.append(stalling.event()["stag"])
+    assert len(set(tags)) == STALL_MAX
+    last = stalling.parks(VA)
+    assert stalling.event() is None
+    assert last.outcome is None
+    stalling.submit(c.resume(RID, tags[7], retry=False))
+    assert last.outcome == Outcome.RETRY
+    other = stalling.parks(VA)
+    assert stalling.event()["stag"] == tags[7]
+    stalling.submit(c.stall_term(RID))
+    assert other.outcome == Outcome.ABORT
 
 
 def test_r_is_ignored_where_a_request_stalls(stalling):

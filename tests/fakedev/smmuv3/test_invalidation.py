@@ -159,3 +159,23 @@ def test_a_missing_invalidation_is_seen():
     with pytest.raises(AssertionError):
         run()
     world.bench.close()
+
+
+def test_kept_tables_of_both_ttbs_go_by_their_own_granules():
+    """Each TTB of a CD has a granule (TG0, TG1): a command finds the tables of both."""
+    bench = Bench()
+    bench.unit.set_caching(caching("always"))
+    bench.ste()
+    low, high, wide = 0x1234000, (1 << 64) - 0x10000, [0x60_0000 + 0x10000 * n for n in range(4)]
+    bench.cd(epd1=False, w2=wide[0], t1sz=22, tg1=3)
+    bench.map(low, 0x80_0000)
+    bench.map(high, 0x90_0000, levels=2, granule=16, tables=wide)
+    assert bench.goes(low)
+    assert bench.goes(high)
+    root = wide[0] + 8 * ((1 << 13) - 1)
+    bench.word(root, wide[3] | 3)  # another table, which is empty
+    bench.submit(c.tlbi_nh_va(VMID, 5, high, leaf=True))
+    assert bench.goes(high), "the table is still known"
+    bench.submit(c.tlbi_nh_va(VMID, 5, high))
+    assert not bench.goes(high)
+    bench.close()

@@ -4,8 +4,10 @@ import pytest
 
 from fakedev.dma import READ, WRITE
 from fakedev.smmuv3 import commands as c
-from fakedev.smmuv3 import regs
-from tests.fakedev.smmuv3.bench import PAGE, QUEUE_LOG2, Bench
+from fakedev.smmuv3 import entries as e
+from fakedev.smmuv3 import events, regs
+from tests.fakedev.smmuv3.bench import CMDQ, EVENTQ, PAGE, PRIQ, QUEUE_LOG2, RID, STRTAB, Bench
+from tests.fakedev.smmuv3.test_ats import fill, page
 from tests.fakedev.smmuv3.test_ats_answers import Anything
 
 DOORBELL = 0xFEE0_0000
@@ -106,3 +108,70 @@ def test_command_queue_that_stops_being_full_sends_an_event(sev):
     bench.submit(c.sync())
     assert sent == [1] * sev
     bench.close()
+
+
+@pytest.mark.parametrize(("lo", "interrupts"), [(0, 0), (1, 1)])
+def test_last_request_that_overflows_the_pri_queue_interrupts_with_lo(bench, lo, interrupts):
+    """6.3.36: "when the message is discarded because of a PRI queue overflow, the interrupt is generated"."""
+    fill(bench)
+    bench.set(regs.PRIQ_IRQ_CFG0, DOORBELL, 8)
+    bench.set(regs.PRIQ_IRQ_CFG2, lo << 31)
+    bench.set(regs.IRQ_CTRL, regs.IRQ_PRIQ)
+    bench.dma.send_page_request(page(last=False))
+    assert bench.messages == []
+    bench.dma.send_page_request(page())
+    assert len(bench.messages) == interrupts
+    bench.set(regs.CR0, 0xF & ~regs.CR0_PRIQEN)
+    bench.dma.send_page_request(page())
+    assert len(bench.messages) == interrupts, "for any other reason it is not"
+
+
+def test_stream_table_is_aligned_to_its_size_as_it_is_written():
+    """6.3.24: "the literal value of LOG2SIZE", not limited by SIDSIZE."""
+    small = Bench(sid_bits=8, start=False)
+    small.start(log2=12)
+    small.set(regs.CR0, 0)
+    small.set(regs.STRTAB_BASE, STRTAB | 0x1_0000, 8)  # 64 << 12 bytes are 256 KiB
+    small.set(regs.CR0, 0xF)
+    small.ste(e.CONFIG_BYPASS)
+    assert small.goes(PAGE)
+    small.close()
+
+
+OAS = 40
+
+
+@pytest.fixture
+def narrow():
+    """A unit whose registers are given addresses with a bit beyond its physical addresses."""
+    bench = Bench(oas=OAS, start=False)
+    beyond = 1 << OAS
+    bench.set(regs.CMDQ_BASE, beyond | CMDQ | QUEUE_LOG2, 8)
+    bench.set(regs.EVENTQ_BASE, beyond | EVENTQ | QUEUE_LOG2, 8)
+    bench.set(regs.PRIQ_BASE, beyond | PRIQ | QUEUE_LOG2, 8)
+    bench.set(regs.STRTAB_BASE, beyond | STRTAB, 8)
+    bench.set(regs.STRTAB_BASE_CFG, 8)
+    bench.set(regs.EVENTQ_IRQ_CFG0, beyond | PAGE, 8)
+    bench.set(regs.EVENTQ_IRQ_CFG1, 0xE)
+    bench.set(regs.IRQ_CTRL, regs.IRQ_EVENTQ)
+    bench.set(regs.CR0, 0xF)
+    yield bench
+    bench.close()
+
+
+def test_addresses_in_registers_are_truncated_to_oas(narrow):
+    """3.4.3: queues and messages; the base registers need not even store more (6.3)."""
+    assert narrow.fault(0x1000)["id"] == events.C_BAD_STE
+    assert narrow.memory.read(PAGE, 1) == b"\x0e"
+    narrow.dma.send_page_request(page())
+    assert narrow.load(PRIQ) & 0xFFFF == RID
+    assert narrow.errors() == 0
+    assert narrow.reg(regs.CMDQ_BASE, 8) >> OAS == 0
+
+
+def test_address_of_a_sync_message_is_truncated_to_oas(narrow):
+    """4.7.3: what is not zero is sent, and truncated."""
+    narrow.submit(c.sync(c.SIG_IRQ, 1 << OAS | PAGE + 8, 0x5C))
+    assert narrow.memory.read(PAGE + 8, 1) == b"\x5c"
+    narrow.submit(c.sync(c.SIG_IRQ, 1 << OAS, 0x5D))
+    assert narrow.memory.read(0, 1) == b"\x5d"
