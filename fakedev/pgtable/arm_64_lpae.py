@@ -53,7 +53,7 @@ _CONTIGUOUS_LG2 = {12: (4, 4, 4), 14: (7, 5, 0), 16: (5, 5, 0)}
 def stage2_top_level(granule_lg2: int, sl0: int, input_bits: int, output_bits: int) -> int | None:
     """The level of a stage-2 root by STE.S2SL0 (D8.2.4 and 5.2 "S2SL0"); None for a combination that is illegal.
 
-    `output_bits` is the effective S2PS: what levels there are depends on it.
+    `output_bits` is what the unit implements (IDR5.OAS): what levels there are depends on it, and not on S2PS.
     """
     level = (1 if granule_lg2 == 12 else 0) + sl0
     if sl0 == 3:
