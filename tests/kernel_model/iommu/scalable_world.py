@@ -9,9 +9,7 @@ from fakedev.machine import Machine
 from fakedev.vtd.features import SCALABLE
 from kernel_model.iommu import core
 from kernel_model.iommu.registry import attach_drivers
-from kernel_model.irq import Interrupts
-from kernel_model.page_alloc import PageAllocator
-from kernel_model.vfs import FileSystem
+from tests.kernel_model.iommu.driver_kernel import driver_kernel
 from uapi.iommufd import iommu_hwpt_vtd_s1
 
 PA, GPA, VA = 0x4000_0000, 0x10_0000, 0x7000_0000
@@ -27,14 +25,7 @@ class World:
         unit = self.box.add_vtd(cap=features.cap, ecap=features.ecap)
         for function in (Edu("0000:00:10.0", command=4), Dsa("0000:00:11.0", command=4)):
             self.box.add(function, unit)
-        kernel = types.SimpleNamespace(
-            machine=self.box,
-            pages=PageAllocator(self.box.memory),
-            interrupts=Interrupts(self.box),
-            files=FileSystem(),
-            release="7.3",
-        )
-        self.edu, self.dsa = attach_drivers(kernel)
+        self.edu, self.dsa = attach_drivers(driver_kernel(self.box))
         for device in (self.edu, self.dsa):
             core.device_claim_dma_owner(device, self)
         self.words, self.memory = self.box.memory.words, self.box.memory

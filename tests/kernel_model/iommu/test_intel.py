@@ -2,7 +2,6 @@
 
 import errno
 import struct
-import types
 
 import pytest
 
@@ -14,9 +13,7 @@ from kernel_model.errors import KernelBug, KernelError
 from kernel_model.iommu import core
 from kernel_model.iommu.intel.second_stage import second_stage_width
 from kernel_model.iommu.registry import attach_drivers, groups_of
-from kernel_model.irq import Interrupts
-from kernel_model.page_alloc import PageAllocator
-from kernel_model.vfs import FileSystem
+from tests.kernel_model.iommu.driver_kernel import driver_kernel
 
 K4, M2, G1 = 1 << 12, 1 << 21, 1 << 30
 PA = 0x4000_0000
@@ -27,11 +24,8 @@ class World:
 
     def __init__(self, box):
         self.box = box
-        self.pages = PageAllocator(box.memory)
-        kernel = types.SimpleNamespace(
-            machine=box, pages=self.pages, interrupts=Interrupts(box), files=FileSystem(), release="7.3"
-        )
-        self.files = kernel.files
+        kernel = driver_kernel(box)
+        self.pages, self.files = kernel.pages, kernel.files
         self.devices = {device.name: device for device in attach_drivers(kernel)}
         self.device = self.devices["0000:00:10.0"]
         self.dma = self.device.pci.dma

@@ -24,10 +24,8 @@ from kernel_model.iommu.intel.device import info_of
 from kernel_model.iommu.intel.first_stage import FirstStageDomain, first_stage_width
 from kernel_model.iommu.intel.second_stage import SecondStageDomain
 from kernel_model.iommu.registry import attach_drivers
-from kernel_model.irq import Interrupts
-from kernel_model.page_alloc import PageAllocator
 from kernel_model.pci_ats import ats_enabled, pasid_enabled, pri_enabled
-from kernel_model.vfs import FileSystem
+from tests.kernel_model.iommu.driver_kernel import driver_kernel
 from tests.kernel_model.iommu.scalable_world import DIRTY, NEST_PARENT, PA, PASID, RTADDR, World
 
 K4, M2 = 1 << 12, 1 << 21
@@ -568,9 +566,7 @@ def booted(*functions, reserved=(), all_ports=False, unit=SCALABLE):
     box.atsr_all_ports = all_ports
     for function in functions:
         box.add(function, hardware)
-    pages, interrupts = PageAllocator(box.memory), Interrupts(box)
-    kernel = SimpleNamespace(machine=box, pages=pages, interrupts=interrupts, files=FileSystem(), release="7.3")
-    return box, attach_drivers(kernel)
+    return box, attach_drivers(driver_kernel(box))
 
 
 def function_of(class_code):

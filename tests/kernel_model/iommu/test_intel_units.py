@@ -13,9 +13,7 @@ from fakedev.vtd.features import SCALABLE
 from kernel_model.errors import KernelError
 from kernel_model.iommu import core
 from kernel_model.iommu.registry import attach_drivers
-from kernel_model.irq import Interrupts
-from kernel_model.page_alloc import PageAllocator
-from kernel_model.vfs import FileSystem
+from tests.kernel_model.iommu.driver_kernel import driver_kernel
 from uapi.iommufd import iommu_hwpt_vtd_s1
 
 NEST_PARENT, DIRTY = 1, 2
@@ -30,14 +28,7 @@ class Two:
         for number, features in enumerate((SCALABLE, replace(SCALABLE, **missing))):
             unit = self.box.add_vtd(VTD_BASE + 0x1000 * number, features.cap, features.ecap)
             self.box.add(Edu(f"0000:00:1{number}.0", command=4), unit)
-        kernel = types.SimpleNamespace(
-            machine=self.box,
-            pages=PageAllocator(self.box.memory),
-            interrupts=Interrupts(self.box),
-            files=FileSystem(),
-            release="7.3",
-        )
-        self.first, self.second = attach_drivers(kernel)
+        self.first, self.second = attach_drivers(driver_kernel(self.box))
         for device in (self.first, self.second):
             core.device_claim_dma_owner(device, self)
 

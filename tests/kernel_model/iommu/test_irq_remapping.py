@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import types
 
 import pytest
 
@@ -15,9 +14,7 @@ from fakedev.vtd import irte, regs
 from fakedev.vtd.features import Features
 from kernel_model.errors import KernelBug, KernelError
 from kernel_model.iommu.registry import attach_drivers
-from kernel_model.irq import Interrupts
-from kernel_model.page_alloc import PageAllocator
-from kernel_model.vfs import FileSystem
+from tests.kernel_model.iommu.driver_kernel import driver_kernel
 
 LEGACY = Features.of(VTD_LEGACY_CAP, VTD_LEGACY_ECAP)
 CAP = 0x40
@@ -37,11 +34,8 @@ class World:
         self.hostile = box.add(Hostile("0000:02:00.0", command=6), self.unit)
         self.bridge = box.add(PciBridge("0000:00:1c.0", 1, kind="pcie-to-pci"), self.unit)
         self.edu = box.add(Edu("0000:01:02.0", command=4), self.unit)
-        self.pages = PageAllocator(box.memory)
-        self.irqs = Interrupts(box)
-        kernel = types.SimpleNamespace(
-            machine=box, pages=self.pages, interrupts=self.irqs, files=FileSystem(), release="7.3"
-        )
+        kernel = driver_kernel(box)
+        self.pages, self.irqs = kernel.pages, kernel.interrupts
         self.device = {device.name: device for device in attach_drivers(kernel)}["0000:00:10.0"]
         self.driver = self.device.iommu.unit
         self.table = self.unit.registers.by_name["IRTA"].value & ~0xFFF
@@ -101,8 +95,8 @@ def test_one_unit_without_it_means_none_for_all():
     first, second = box.add_vtd(), box.add_vtd(0xFED9_1000, without.cap, without.ecap)
     box.add(Edu("0000:00:10.0", command=6), first)
     box.add(Edu("0000:00:11.0", command=6), second)
-    pages, irqs = PageAllocator(box.memory), Interrupts(box)
-    kernel = types.SimpleNamespace(machine=box, pages=pages, interrupts=irqs, files=FileSystem(), release="7.3")
+    kernel = driver_kernel(box)
+    irqs = kernel.interrupts
     devices = attach_drivers(kernel)
     assert not any(device.iommu.device_isolated_msi(device) for device in devices)
     assert not first.registers.by_name["GSTS"].value & regs.IRE
