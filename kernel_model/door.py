@@ -21,13 +21,12 @@ import socket
 import time
 from collections.abc import Iterable
 from resource import RLIMIT_MEMLOCK
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kernel_model.errors import KernelError
 from kernel_model.file import MAX_RW_COUNT, FileDescription, MappedMemory, MappedRegion, SystemCall, check_range
 from kernel_model.process import PAGE_SIZE, TASK_SIZE, HostCredentials, Process
-from uapi.backend import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, Argument, File, Readable
+from uapi.backend import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, Argument, Closing, File, Readable
 from uapi.client import ClientBase
 from uapi.linux import LinuxFile, LinuxMapping, address_of
 
@@ -82,7 +81,7 @@ def fill(theirs: socket.socket) -> None:
             theirs.send(bytes(1 << 12), socket.MSG_DONTWAIT)
 
 
-class ModelMapping:
+class ModelMapping(Closing):
     """A mapping of a model's file."""
 
     def __init__(self, kernel: Kernel, region: MappedRegion, length: int, prot: int) -> None:
@@ -163,14 +162,6 @@ class ModelMapping:
                     self._kernel.watched_mappings.remove(self)
                 self._region.unmapped()
 
-    def __enter__(self) -> ModelMapping:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 class MemoryMapping(LinuxMapping):
     """A mapping of plain memory of the model: the host's kernel maps it, and nobody looks at the accesses.
@@ -198,7 +189,7 @@ class MemoryMapping(LinuxMapping):
                     self._memory.unmapped()
 
 
-class ModelFile:
+class ModelFile(Closing):
     """An open file of the model, used by the model's own process."""
 
     def __init__(self, kernel: Kernel, fd: int, path: str) -> None:
@@ -324,14 +315,6 @@ class ModelFile:
             if self._kernel.alive:  # a forked child may close its copy
                 with self._kernel.entered():
                     pass  # the last close takes effect now, as close(2) returns
-
-    def __enter__(self) -> ModelFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<ModelFile {self._fd} {self.path}>"

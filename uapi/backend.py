@@ -10,7 +10,7 @@ import ctypes
 import mmap as _mmap
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias
 
 #: What an ioctl takes: a ctypes object or a writable buffer (passed by address, trusted for its own length), or an int
 #: (passed as it is: a value, or a bare address that the kernel checks).
@@ -22,6 +22,21 @@ MAP_SHARED, MAP_PRIVATE = _mmap.MAP_SHARED, _mmap.MAP_PRIVATE
 
 #: The kernel's node for iommufd.
 DEV_IOMMU = "/dev/iommu"
+
+
+class Closing:
+    """What leaving its context closes."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Mapping(Protocol):

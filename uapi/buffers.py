@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 
+from uapi.backend import Closing
+
 _MAP_HUGETLB = 0x40000
 HUGE_PAGE = 2 << 20
 
 
-class AnonymousBuffer:
+class AnonymousBuffer(Closing):
     """Private anonymous memory.
 
     A plain buffer starts on a multiple of its own size (of the next power of two, at most 2 MiB), so that an automatic
@@ -43,9 +45,3 @@ class AnonymousBuffer:
             self._view.release()
             self._view = None
             self._map.close()
-
-    def __enter__(self) -> AnonymousBuffer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -11,10 +11,9 @@ import errno
 import os
 import select
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
-from uapi.backend import MAP_SHARED, PROT_READ, PROT_WRITE, Argument, Client, Readable
+from uapi.backend import MAP_SHARED, PROT_READ, PROT_WRITE, Argument, Client, Closing, Readable
 from uapi.buffers import AnonymousBuffer
 from uapi.client import LinuxClient
 
@@ -52,7 +51,7 @@ def _fail(path: str) -> OSError:
     return OSError(number, os.strerror(number), path)
 
 
-class LinuxMapping:
+class LinuxMapping(Closing):
     """A mapping of a real file; loads and stores are single accesses of their width."""
 
     def __init__(self, address: int, length: int) -> None:
@@ -81,16 +80,8 @@ class LinuxMapping:
             if _munmap(self.address, self.length) != 0:
                 raise _fail("munmap")
 
-    def __enter__(self) -> LinuxMapping:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class LinuxFile:
+class LinuxFile(Closing):
     """An open file of the running kernel."""
 
     def __init__(self, fd: int, path: str) -> None:
@@ -148,14 +139,6 @@ class LinuxFile:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-
-    def __enter__(self) -> LinuxFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<LinuxFile {self._fd} {self.path}>"

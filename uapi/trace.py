@@ -24,6 +24,7 @@ from uapi.backend import (
     Backend,
     Buffer,
     Client,
+    Closing,
     File,
     Mapping,
     Readable,
@@ -117,7 +118,7 @@ class RecordedRemoteFile:
         return f"<recorded {self.inner!r}>"
 
 
-class RecordedFile(RecordedRemoteFile):
+class RecordedFile(RecordedRemoteFile, Closing):
     """A `File` that logs."""
 
     def _call(self, name: str, inputs: dict[str, Any], call: Callable[..., Any], *args: Any) -> Any:
@@ -166,16 +167,8 @@ class RecordedFile(RecordedRemoteFile):
     def poll(self, events: int, timeout: float = 0) -> int:
         return int(self._call("poll", {"events": events}, self.inner.poll, events, timeout))
 
-    def __enter__(self) -> RecordedFile:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class RecordedMapping:
+class RecordedMapping(Closing):
     """A `Mapping` that logs its sized accesses. How often a client polls a register is not compared."""
 
     def __init__(self, log: _Log, inner: Mapping, owner: int) -> None:
@@ -213,16 +206,8 @@ class RecordedMapping:
             self._log.add(("forget", 0, self._serial))
             self.inner.close()
 
-    def __enter__(self) -> RecordedMapping:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class RecordedBuffer:
+class RecordedBuffer(Closing):
     """A `Buffer` whose address range the log knows."""
 
     def __init__(self, log: _Log, inner: Buffer) -> None:
@@ -243,12 +228,6 @@ class RecordedBuffer:
             self.inner.close()
             self._open = False
             self._log.add(("forget", 0, self._serial))
-
-    def __enter__(self) -> RecordedBuffer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class RecordedClient:
