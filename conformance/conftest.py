@@ -25,6 +25,7 @@ import pytest
 from conformance.fail_nth import FailNth
 from conformance.layout import LAYOUT, find_layout
 from conformance.offers import PROBES, number, older
+from conformance.steps import ioas_alloc
 from uapi.backend import DEV_IOMMU, Backend
 from uapi.behaviours import BY_ID
 from uapi.decode import render_all
@@ -102,6 +103,12 @@ def iommu(kernel: Recorder) -> Iterator[RecordedFile]:
     """/dev/iommu, open."""
     with kernel.open(DEV_IOMMU) as file:
         yield file
+
+
+@pytest.fixture
+def ioas(iommu: RecordedFile) -> int:
+    """The id of a fresh IOAS."""
+    return ioas_alloc(iommu)
 
 
 # ----------------------------------------------------------------------------------------------- which tests are run

@@ -31,11 +31,6 @@ from uapi.iommufd import IOMMU_IOAS_ALLOW_IOVAS, iommu_iova_range
 HIGH = (0x10_0000, 0x1F_FFFF)
 
 
-@pytest.fixture
-def ioas(iommu: File) -> int:
-    return ioas_alloc(iommu)
-
-
 def test_unknown_ioas_is_enoent(iommu: File) -> None:
     with fails(errno.ENOENT):
         IOMMU_IOAS_ALLOW_IOVAS(iommu, ioas_id=1)

@@ -79,11 +79,6 @@ def expected_iova(va: int, length: int, used: list[Span], allowed: list[Span], i
     return None
 
 
-@pytest.fixture
-def ioas(iommu: File) -> int:
-    return ioas_alloc(iommu)
-
-
 @pytest.mark.parametrize(
     ("va", "length", "iova"),
     [

@@ -58,11 +58,6 @@ GOOD = {"flags": FIXED | RW, "user_va": NOWHERE, "length": PAGE, "iova": 0x20000
 
 
 @pytest.fixture
-def ioas(iommu: File) -> int:
-    return ioas_alloc(iommu)
-
-
-@pytest.fixture
 def paged_ioas(iommu: File) -> int:
     """Page alignment, as with a domain, and one area at 0x10000."""
     ioas = ioas_alloc(iommu)

@@ -22,7 +22,6 @@ from conformance.steps import (
     WRITE,
     MiB,
     fails,
-    ioas_alloc,
     map_file,
     map_user,
     memfd,
@@ -36,11 +35,6 @@ from uapi.iommufd import IOMMU_IOAS_MAP_FILE, IOMMU_OPTION_HUGE_PAGES
 pytestmark = pytest.mark.since("6.13")
 
 LONGEST = U64_MAX - PAGE
-
-
-@pytest.fixture
-def ioas(iommu: File) -> int:
-    return ioas_alloc(iommu)
 
 
 @pytest.fixture

@@ -58,11 +58,6 @@ TOO_LONG = (16 << 20) + 1
 
 
 @pytest.fixture
-def ioas(iommu: File) -> int:
-    return ioas_alloc(iommu)
-
-
-@pytest.fixture
 def buffer(kernel: Backend) -> Buffer:
     made = kernel.buffer(PAGES * PAGE)
     made.view[:] = bytes(range(256)) * (PAGES * PAGE // 256)

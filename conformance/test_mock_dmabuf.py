@@ -77,11 +77,6 @@ Make = Callable[[int], int]
 
 
 @pytest.fixture
-def ioas(iommu: File) -> int:
-    return ioas_alloc(iommu)
-
-
-@pytest.fixture
 def make(iommu: File) -> Iterator[Make]:
     """Make a dma-buf of so many bytes."""
     made: list[int] = []

@@ -52,11 +52,6 @@ NO_DIRTY = abi.MOCK_FLAGS_DEVICE_NO_DIRTY
 PASID = abi.MOCK_FLAGS_DEVICE_PASID
 
 
-@pytest.fixture
-def ioas(iommu: File) -> int:
-    return ioas_alloc(iommu)
-
-
 # -- the command -----------------------------------------------------------------------------------------------------
 
 

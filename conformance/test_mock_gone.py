@@ -56,11 +56,6 @@ DATA = bytes(number % 251 for number in range(SIZE))
 
 
 @pytest.fixture
-def ioas(iommu: File) -> int:
-    return ioas_alloc(iommu)
-
-
-@pytest.fixture
 def client(kernel: Backend) -> Iterator[Client]:
     with kernel.spawn() as client:
         yield client

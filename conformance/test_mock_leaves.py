@@ -58,11 +58,6 @@ def best_leaves(iova: int, physical: int, length: int, sizes: list[int]) -> list
 
 
 @pytest.fixture
-def ioas(iommu: File) -> int:
-    return ioas_alloc(iommu)
-
-
-@pytest.fixture
 def device(iommu: File, ioas: int) -> int:
     """A mock device's id, attached to an IOAS of its own, so that `ioas` has the domains that the test makes."""
     return mock_domain(iommu, ioas_alloc(iommu)).idev

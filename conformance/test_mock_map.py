@@ -38,11 +38,6 @@ PAGES = 16
 
 
 @pytest.fixture
-def ioas(iommu: File) -> int:
-    return ioas_alloc(iommu)
-
-
-@pytest.fixture
 def hwpt(iommu: File, ioas: int) -> int:
     return mock_domain(iommu, ioas).hwpt
 

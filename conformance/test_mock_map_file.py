@@ -26,7 +26,6 @@ from conformance.steps import (
     copy,
     fails,
     hwpt_alloc,
-    ioas_alloc,
     map_file,
     map_user,
     memfd,
@@ -52,11 +51,6 @@ class Seen:
         self._view = memoryview(self.map)
         if prot & mmap.PROT_WRITE:
             self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
-
-
-@pytest.fixture
-def ioas(iommu: File) -> int:
-    return ioas_alloc(iommu)
 
 
 @pytest.fixture

@@ -68,11 +68,6 @@ class Memory(NamedTuple):
         return map_file(iommu, ioas, self.fd, start, length)
 
 
-@pytest.fixture
-def ioas(iommu: File) -> int:
-    return ioas_alloc(iommu)
-
-
 @pytest.fixture(params=["user", pytest.param("file", marks=[pytest.mark.since("6.13"), pytest.mark.needs("memfd")])])
 def memory(kernel: Backend, request: pytest.FixtureRequest) -> Iterator[Memory]:
     if request.param == "user":

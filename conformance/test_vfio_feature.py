@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterator
 
 import pytest
 
@@ -40,13 +39,6 @@ BAD_FD = 0x7FFFFFFF
 def feature(device: VfioDevice, flags: int, data: bytes = b"", argsz: int | None = None) -> int:
     size = 8 + len(data) if argsz is None else argsz
     return VFIO_DEVICE_FEATURE.raw(device.file, bytearray(struct.pack("<II", size, flags) + data))
-
-
-@pytest.fixture
-def eventfd() -> Iterator[int]:
-    fd = os.eventfd(0, os.EFD_NONBLOCK)
-    yield fd
-    os.close(fd)
 
 
 # ---------------------------------------------------------------------------------------------------- common checks

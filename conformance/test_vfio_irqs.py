@@ -44,13 +44,6 @@ BAD_FD = 0x7FFFFFFF
 
 
 @pytest.fixture
-def eventfd() -> Iterator[int]:
-    fd = os.eventfd(0, os.EFD_NONBLOCK)
-    yield fd
-    os.close(fd)
-
-
-@pytest.fixture
 def attached(device: VfioDevice, ioas: int) -> VfioDevice:
     """The device where it can have MSIs: on Arm the domain that it is in has to map the doorbell.
 

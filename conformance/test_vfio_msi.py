@@ -51,13 +51,6 @@ def held(kernel: Backend, address: str) -> Message:
 
 
 @pytest.fixture
-def eventfd() -> Iterator[int]:
-    fd = os.eventfd(0, os.EFD_NONBLOCK)
-    yield fd
-    os.close(fd)
-
-
-@pytest.fixture
 def attached(device: VfioDevice, ioas: int) -> VfioDevice:
     """The device where it can have MSIs: on Arm the domain that it is in has to map the doorbell."""
     device.attach(ioas)

@@ -6,6 +6,7 @@ state leaks but the device's own registers, which edu's driver puts in order whe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -24,7 +25,7 @@ from conformance.dsa_offers import (
 )
 from conformance.layout import LAYOUT, Layout
 from conformance.mock import Reporting, reporting_device
-from conformance.steps import PAGE, ioas_alloc
+from conformance.steps import PAGE
 from conformance.vsmmu import Guest as SmmuGuest
 from conformance.vtd_guest import Guest as VtdGuest
 from uapi.backend import Backend, Buffer, File
@@ -60,12 +61,6 @@ def device(iommu: File, cdev: VfioDevice) -> VfioDevice:
     """The edu device bound to `iommu`, its object id 1, attached to nothing."""
     cdev.bind(iommu)
     return cdev
-
-
-@pytest.fixture
-def ioas(iommu: File) -> int:
-    """The id of a fresh IOAS."""
-    return ioas_alloc(iommu)
 
 
 @pytest.fixture
@@ -156,6 +151,14 @@ def records(kernel: Backend) -> Iterator[Buffer]:
     buffer = kernel.buffer(PAGE)
     yield buffer
     buffer.close()
+
+
+@pytest.fixture
+def eventfd() -> Iterator[int]:
+    """For a signal of the kernel's, with none pending; reading it does not wait."""
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    yield fd
+    os.close(fd)
 
 
 @pytest.fixture
