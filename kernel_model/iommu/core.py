@@ -6,7 +6,8 @@ At boot that is the default domain, which kernel drivers would use. A user (iomm
 the ownership of the group, which puts it in the blocking domain, then attaches domains of its own.
 
 Left out: deferred attach, PASIDs without a handle (a kernel driver's), changing a default domain through sysfs,
-recovery around a reset (it concerns ATS-capable devices only), mutexes (no call runs inside another).
+recovery around a reset (it concerns ATS-capable devices only), mutexes (no call runs inside another). It is a long
+file, as iommu.c is: who owns a group, its domain and its PASIDs' domains are one state, which most functions change.
 """
 
 from __future__ import annotations
