@@ -34,6 +34,8 @@ class Ats:
 
     def __init__(self, unit: SmmuV3) -> None:
         self._unit = unit
+        #: The smallest translation unit: the smallest granule.
+        self._stu = 1 << min(unit.features.granules)
 
     def _effective_eats(self, ste: Ste) -> int:
         if ste.eats == EATS_SPLIT and not self._unit.ats_checked:
@@ -43,7 +45,7 @@ class Ats:
     # -- translation requests ----------------------------------------------------------------------------------------
 
     def request_translation(self, rid: int, pasid: int, address: int, access: int) -> Translation:
-        """The answer to a translation request for the page that holds `address`. Raises TranslationFault.
+        """The answer to a translation request for the unit of translation that holds `address`. Raises TranslationFault.
 
         Without a PASID it asks for unprivileged data (13.7).
         """
@@ -64,7 +66,7 @@ class Ats:
             return self._answer(unit.configuration.stream(rid, pasid), request, split=eats == EATS_SPLIT)
         except Refused as refused:
             if refused.number in events.TRANSLATION_RELATED:
-                return Translation(address & -4096, 4096, 0, 0)
+                return Translation(address & -self._stu, self._stu, 0, 0)
             refused.ste = ste
             raise self._misconfigured(request, refused) from None
 
@@ -95,7 +97,7 @@ class Ats:
         translate = translator.translate_split if split else translator.translate
         run = translate(stream, address, 1, access & PRIVILEGED)  # needs no right: whatever there is
         if stream.bypass:
-            return Translation(address & -4096, 4096, address & -4096, READ | WRITE)
+            return Translation(address & -self._stu, self._stu, address & -self._stu, READ | WRITE)
         if access & WRITE and run[3] & AGAIN:  # the write that may come makes the page dirty now
             try:
                 run = translate(stream, address, 1, access & (WRITE | PRIVILEGED))

@@ -175,6 +175,19 @@ def test_stage_1_that_is_skipped_has_addresses_up_to_ias(ats, config):
     assert ask(ats, 1 << 48).allowed == 0
 
 
+@pytest.mark.parametrize(("granules", "stu"), [((12, 16), 0x1000), ((14, 16), 0x4000), ((16,), 0x1_0000)])
+def test_answer_without_rights_is_as_large_as_the_smallest_unit(granules, stu):
+    """3.9.1.2: "its translation size is equal to the STU size", the smallest granule there is (3.9.1)."""
+    bench = Bench(granules=granules)
+    bench.ste(w1=FULL)
+    bench.cd(tg0=1)
+    assert ask(bench, 0x7654_3210) == Translation(0x7654_3210 & -stu, stu, 0, 0)
+    bench.ste(cdmax=4, w1=FULL | e.STE_1_S1DSS.put(e.S1DSS_BYPASS))
+    bench.forget()
+    assert ask(bench, 0x7654_3210) == Translation(0x7654_3210 & -stu, stu, 0x7654_3210 & -stu, RW)
+    bench.close()
+
+
 # -- translated requests (3.9.1.1, 3.9.1.3) --------------------------------------------------------------------------
 
 
