@@ -45,7 +45,7 @@ class Ats:
     # -- translation requests ----------------------------------------------------------------------------------------
 
     def request_translation(self, rid: int, pasid: int, address: int, access: int) -> Translation:
-        """The answer to a translation request for the unit of translation that holds `address`. Raises TranslationFault.
+        """The answer to a translation request for what holds `address`. Raises TranslationFault.
 
         Without a PASID it asks for unprivileged data (13.7).
         """
