@@ -244,17 +244,20 @@ class Refused(Exception):
 class FaultRecorder:
     """The primary fault log: record registers used as a ring, FSTS, and the fault event.
 
-    `pasids` and `device_tlbs` are the unit's capabilities: without them PP, PV, EXE, PRIV and AT read as zeros.
+    What the unit lacks reads as zeros: PP, PV, EXE and PRIV without PASIDs, AT without device TLBs, and of an address
+    what is beyond the largest width of its tables (11.4.7.6), so the sign of a first stage's, too.
     """
 
-    def __init__(self, registers: RegisterFile, records: int, event: Event, pasids: bool, device_tlbs: bool) -> None:
+    def __init__(self, registers: RegisterFile, caps: regs.Capabilities, event: Event) -> None:
         by_name = registers.by_name
+        records = caps.fault_records
         self._low = [by_name[f"FRCD{n}_LO"] for n in range(records)]
         self._high = [by_name[f"FRCD{n}_HI"] for n in range(records)]
         self._fsts = by_name["FSTS"]
         self._event = event
-        self._pasids = pasids
-        self._device_tlbs = device_tlbs
+        self._pasids = caps.pasid
+        self._device_tlbs = caps.device_tlb
+        self._address_mask = (1 << caps.widest_table) - 4096
         self._next = 0
 
     def record(self, request: DmaRequest, reason: int, at: int = UNTRANSLATED, page_request: bool = False) -> None:
@@ -271,7 +274,7 @@ class FaultRecorder:
         if request.pasid != NO_PASID and self._pasids:
             kind |= request.pasid << regs.FRCD_PASID_SHIFT | regs.FRCD_PP
             kind |= (regs.FRCD_EXE if access & EXECUTE else 0) | (regs.FRCD_PRIV if access & PRIVILEGED else 0)
-        self.log(request.address & -4096, kind | reason << regs.FRCD_REASON_SHIFT | request.rid)
+        self.log(request.address & self._address_mask, kind | reason << regs.FRCD_REASON_SHIFT | request.rid)
 
     def log(self, info: int, high: int) -> None:
         """Put the words of a record into the next register, if there is room."""

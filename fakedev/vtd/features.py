@@ -355,6 +355,12 @@ class Capabilities:
         self.interrupts_required = bool(ecap >> 62 & 1)
 
     @property
+    def widest_table(self) -> int:
+        """Bits of an address that the largest tables translate: the largest AGAW, or without one the first stage's."""
+        agaws = self.sagaw & 0b1110
+        return 21 + 9 * agaws.bit_length() if agaws else 57 if self.first_stage_5_levels else 48
+
+    @property
     def features(self) -> Features:
         """Field by field. ValueError where the registers break their own rules."""
         return Features.of(self.cap, self.ecap)

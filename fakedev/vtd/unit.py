@@ -171,9 +171,7 @@ class VtdUnit:
         at = self.registers.by_name
         self._gsts, self._fsts, self._rtaddr = at["GSTS"], at["FSTS"], at["RTADDR"]
         self._iqh, self._iqt = at["IQH"], at["IQT"]
-        self.recorder = FaultRecorder(
-            self.registers, caps.fault_records, self._fault_event, caps.pasid, caps.device_tlb
-        )
+        self.recorder = FaultRecorder(self.registers, caps, self._fault_event)
         self._queue = InvalidationQueue(self)
         self.read = self.registers.read
 

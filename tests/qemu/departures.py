@@ -98,6 +98,18 @@ DEPARTURES = [
     ),
     Departure(
         "vtd",
+        "11.4.7.6 FI",
+        "a record has of the address what is below the largest AGAW",
+        "has all of it",
+        lambda theirs, ours: (
+            len(theirs) == len(ours) == 3
+            and theirs[0] == ours[0] == BLOCKED
+            and ours[1] in [theirs[1] & (1 << agaw) - 1 for agaw in (39, 48, 57)]
+            and _recoded(theirs, _reason(ours))[2] == ours[2]
+        ),
+    ),
+    Departure(
+        "vtd",
         "7.1.3 SRT",
         "reserved bits of a present half are a fault; for requests by the other half, too, is open (ours: not)",
         "looks at both halves",

@@ -293,6 +293,26 @@ def test_an_overflow_ends_when_software_clears_it_and_recording_goes_on_behind(r
     assert made.reg(regs.FSTS) >> 8 & 0xFF == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "bits"),
+    [
+        ({"sagaw": 0b0010, "mgaw": 38}, 39),
+        ({"sagaw": 0b0110, "mgaw": 47}, 48),
+        ({"sagaw": 0b1110}, 57),
+        ({"sagaw": 0, "ssts": 0, "nest": 0, "ssads": 0, "fs5lp": 0}, 48),
+        ({"sagaw": 0, "ssts": 0, "nest": 0, "ssads": 0}, 57),
+    ],
+)
+def test_a_record_has_of_the_address_what_the_largest_tables_translate(rig, changes, bits):
+    """11.4.7.6: FI, bits 63:N are reserved, N the largest AGAW."""
+    made = rig(**changes)
+    made.tables(F)
+    made.start()
+    address = -1 << 46 & (1 << 64) - 4096
+    assert made.reason(address, READ, PASID) == 0x71
+    assert made.record()["address"] == address & (1 << bits) - 1
+
+
 @pytest.mark.parametrize("where", ["context", "directory", "table"])
 def test_fpd_on_the_way_silences_what_is_qualified_down_to_the_pages(rig, where):
     made = rig()
