@@ -250,10 +250,14 @@ class AtsPort:
         privileged: bool = False,
         execute: bool = False,
         block: bool = True,
+        direct: bool = False,
     ) -> bytes:
-        """As DmaPort.read; `block` says whether to wait for a page that is not there. DmaAbort, PageFault, Parked."""
+        """As DmaPort.read; `block` says whether to wait for a page that is not there, `direct` to do without ATS.
+
+        DmaAbort, PageFault, Parked.
+        """
         access = READ | self._prefix(address, pasid, privileged, execute)
-        if not self.enabled:
+        if direct or not self.enabled:
             return self._function.dma.read(address, length, pasid, access & PRIVILEGED != 0, access & EXECUTE != 0)
         parts = []
         end = address + length
@@ -276,12 +280,16 @@ class AtsPort:
         pasid: int = NO_PASID,
         privileged: bool = False,
         block: bool = True,
+        direct: bool = False,
     ) -> None:
-        """As DmaPort.write; interrupts stay untranslated. DmaAbort, PageFault, Parked."""
+        """As DmaPort.write; interrupts stay untranslated. `block` and `direct` as for reads.
+
+        DmaAbort, PageFault, Parked.
+        """
         access = WRITE | self._prefix(address, pasid, privileged, False)
         dma = self._function.dma
         first, beyond = dma.msi_window
-        if not self.enabled or first <= address < beyond:
+        if direct or not self.enabled or first <= address < beyond:
             dma.write(address, data, pasid, access & PRIVILEGED != 0)
             return
         view = memoryview(data)

@@ -415,15 +415,10 @@ class Dsa(PciFunction):
         write = COMP_WRITE if isinstance(what, bytes) else 0
         while True:
             try:
-                if direct:
-                    if isinstance(what, bytes):
-                        self.dma.write(address, what, pasid, privileged)
-                        return b""
-                    return self.dma.read(address, what, pasid, privileged)
                 if isinstance(what, bytes):
-                    self.port.write(address, what, pasid, privileged, block=block)
+                    self.port.write(address, what, pasid, privileged, block=block, direct=direct)
                     return b""
-                return self.port.read(address, what, pasid, privileged, block=block)
+                return self.port.read(address, what, pasid, privileged, block=block, direct=direct)
             except PageFault as fault:
                 raise _Failed(COMP_PAGE_FAULT | write, fault.address) from None
             except DmaAbort as abort:

@@ -6,7 +6,7 @@ from fakedev.dma import DmaRequest, Outcome, Parked
 from fakedev.endpoints import dsa
 from fakedev.endpoints.dsa import Dsa
 from fakedev.pcie import PCI_ATS_CTRL, PCI_ATS_CTRL_ENABLE, PCI_PASID_CTRL, PCI_PRI_ALLOC_REQ, PCI_PRI_CTRL
-from fakedev.tlp import NO_PASID, PRG_FAILURE, PRG_INVALID, READ
+from fakedev.tlp import NO_PASID, PRG_FAILURE, PRG_INVALID, PRIVILEGED, READ
 from tests.fakedev.agent import Bench
 
 SRC, DST, REC, LIST = 0x10000, 0x20000, 0x30000, 0x40000
@@ -99,6 +99,22 @@ def test_a_fill_repeats_its_pattern(ready):
     ready.submit(dsa.OP_MEMFILL, 0x8877665544332211, DST + 4090, 20)
     pattern = bytes.fromhex("1122334455667788")
     assert ready.memory.read(PA[DST] + 4090, 20) == (pattern * 3)[:20]
+
+
+@pytest.mark.parametrize("mode", [0, dsa.WQ_ATS_DISABLE])
+def test_a_queue_sends_of_a_pasids_prefix_what_software_has_enabled(bench, mode):
+    bench.services()
+    bench.pages(DST, REC, pasid=9)
+    bench.queue(mode=dsa.WQ_DEDICATED | dsa.WQ_PRIV | mode, pasid=9)
+    for control, privileged in ((5, PRIVILEGED), (1, 0)):
+        bench.device.config_write(0x120 + PCI_PASID_CTRL, 2, control)
+        bench.agent.seen.clear()
+        bench.submit(dsa.OP_MEMFILL, 0, DST, 8)
+        assert {access & PRIVILEGED for _, pasid, _, access in bench.agent.seen if pasid == 9} == {privileged}
+    bench.device.config_write(0x120 + PCI_PASID_CTRL, 2, 0)
+    bench.agent.seen.clear()
+    bench.submit(dsa.OP_MEMFILL, 0, DST, 8)
+    assert bench.agent.seen == []
 
 
 @pytest.mark.parametrize(("change", "result", "done"), [(None, 0, 6000), (4999, 1, 4999)])
