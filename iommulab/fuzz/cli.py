@@ -39,6 +39,10 @@ RECORDED = SUITE.parent / "tests" / "vectors"
 MOCK_GUEST = "q35-noiommu"
 
 
+#: Runs for the shrinking of a program; of one that the kernel dies of, which is a boot each time.
+BUDGET, DEADLY = 400, 12
+
+
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "fuzz", help="random programs on the model and on a real kernel, compared", description=__doc__
@@ -196,7 +200,8 @@ def _report(console: Console, hunt: Hunt, found: Run, most: int, args: argparse.
     for findings in order[:most]:
         finding = findings[0]
         console.print(f"shrinking program {finding.number}", markup=False, highlight=False)
-        small = shrink(finding.program, lambda program: bool(hunt.ask(program)))
+        budget = DEADLY if finding.differences[0].what == "the kernel" else BUDGET
+        small = shrink(finding.program, lambda program: bool(hunt.ask(program)), budget)
         told = hunt.ask(small)
         console.rule(f"{len(findings)} programs: {finding.signature}")
         options = f"--against {args.against}" + (f" --kernel-image {args.kernel_image}" if args.kernel_image else "")

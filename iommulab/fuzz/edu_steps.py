@@ -27,11 +27,15 @@ from conformance.drivers.edu import (
     REG_LIVENESS,
     TIMEOUT,
 )
-from conformance.drivers.vfio import REGION_SHIFT
+from conformance.drivers.vfio import CONFIG_REGION, REGION_SHIFT
 from uapi.vfio import VFIO_PCI_BAR0_REGION_INDEX
 
 #: What a step does.
 COPY, IRQ, LIVENESS = range(3)
+#: Where the MSI capability of edu, its only one, ends.
+_LAST_CAPABILITY = 0x4E
+#: Where a PC's devices send interrupts. A copy there may be an NMI.
+_INTERRUPTS = range(0xFEE0_0000, 0xFEF0_0000)
 _BAR = int(VFIO_PCI_BAR0_REGION_INDEX) << REGION_SHIFT
 
 
@@ -45,16 +49,23 @@ class Registers(Protocol):
 
 def forbidden(offset: int, count: int) -> bool:
     """Whether a plain write there would leave something behind, or worse: QEMU overruns its own heap on a transfer that
-    leaves the device's buffer. All of BAR 0 but the identification and what is behind the registers."""
+    leaves the device's buffer. All of BAR 0 but the identification and what is behind the registers; of configuration
+    space what no capability has, which is memory in QEMU's device and not in a saved state of Linux."""
     region, place = offset >> REGION_SHIFT, offset & ((1 << REGION_SHIFT) - 1)
+    if region == CONFIG_REGION:
+        return place < 0x100 and place + count > _LAST_CAPABILITY
     return region == VFIO_PCI_BAR0_REGION_INDEX and place < 0x1000 and place + count > REG_LIVENESS
 
 
 def run(door: Registers, fd: int, kind: int, first: int, second: int, count: int) -> int:
-    """One step: 0, or what it reads, or the errno of the first access that VFIO refuses; ETIMEDOUT."""
+    """One step: 0, or what it reads, or the errno of the first access that VFIO refuses; ETIMEDOUT; EPERM for
+    a copy that would be interrupts."""
     try:
         if kind == COPY:
-            return _copy(door, fd, first, second, min(max(count, 1), BUFFER_SIZE))
+            count = min(max(count, 1), BUFFER_SIZE)
+            if any(start < _INTERRUPTS.stop and start + count > _INTERRUPTS.start for start in (first, second)):
+                return -errno.EPERM
+            return _copy(door, fd, first, second, count)
         if kind == IRQ:
             _write(door, fd, REG_IRQ_RAISE, first & 0xFFFFFFFF, 4)
             status = _read(door, fd, REG_IRQ_STATUS, 4)

@@ -275,6 +275,8 @@ class _Compiler:
             return None
         text, _, name = value[1:].partition(".")
         index = int(text)
+        if index >= len(self.calls):  # a question about what was cut off with the end of the program
+            return None
         name, _, inside = name.partition(":")
         if inside:
             found = self.pointed.get((index, name))

@@ -95,6 +95,8 @@ def _value(value: Any, calls: list[Call]) -> str:
         return "iommu.fileno()"
     if value[0] == "@":
         index, _, name = value[1:].partition(".")
+        if int(index) >= len(calls):
+            return "0"
         if ":" in name:
             name, _, inside = name.partition(":")
             return f"ctypes.c_uint64.from_address(c{index}.{_field(calls[int(index)].name, name)} + {inside}).value"
