@@ -34,6 +34,7 @@ from uapi.iommufd_test import (
     IOMMU_TEST_OP_PASID_DETACH,
     iommu_test_cmd,
 )
+from uapi.vfio import VFIO_DEVICE_FEATURE
 
 #: Kinds of steps. The result of an FD_IOCTL is a descriptor; DETACH has no result: it frees every device of PASIDs.
 IOCTL, READ, WRITE, CLOSE, POLL, UNMAP, PROTECT, FD_IOCTL, DETACH, MMAP = range(10)
@@ -152,9 +153,16 @@ class Executor:
         written = bytes(work[: len(image) + 256])
         return results, written, self._final(iommu, opened, main_first, moved)
 
-    def _mmap(self, iommu: int, block: int, length: int, prot: int, flags: int, patches: Sequence[Step]) -> int:
-        """Map pages of the iommufd until the end; the first byte where they can be read."""
+    def _mmap(
+        self, iommu: int, block: int, length: int, prot: int, flags: int, patches: Sequence[Step], slot: int = -1
+    ) -> int:
+        """Map pages of the iommufd until the end; the first byte where they can be read. Or a region of the device in
+        `slot`: nothing is read of that, as a function whose memory is off answers with a signal."""
         work = self.memory.work
+        if slot >= 0:
+            iommu = int.from_bytes(work[slot : slot + 4], "little", signed=True)
+            if iommu not in self._opened or iommu in self._plain:
+                return -errno.EBADF
         for target, source, count in patches:
             work[target : target + count] = work[source : source + count]
         offset = int.from_bytes(work[block : block + 8], "little", signed=True)
@@ -162,7 +170,7 @@ class Executor:
         if isinstance(got, int):
             return got
         self._mapped.append(got)
-        return got.read(0, 1) if prot & 1 else 0
+        return got.read(0, 1) if prot & 1 and slot < 0 else 0
 
     def _unmap_all(self) -> None:
         while self._mapped:
@@ -183,7 +191,7 @@ class Executor:
             fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._plain.add(fd)
         else:
-            fd = self._door.open_device(step[2])
+            fd = self._door.open_device(step[2]) if step[2] >= 0 else self._door.open()
         if fd < 0:
             return fd
         self.memory.work[step[1] : step[1] + 4] = fd.to_bytes(4, "little")
@@ -200,7 +208,11 @@ class Executor:
         for target, source, count in step[4] if kind != PREAD else ():
             work[target : target + count] = work[source : source + count]
         if kind == FILE_IOCTL:
-            return (self._linux if fd in self._plain else door).ioctl(fd, step[2], step[3])
+            result = (self._linux if fd in self._plain else door).ioctl(fd, step[2], step[3])
+            if result > 0 and step[2] == VFIO_DEVICE_FEATURE.number:  # a descriptor of a dma-buf
+                door.close(result)
+                result = 1
+            return result
         if fd < 0:
             return -errno.EBADF
         if fd in self._plain:

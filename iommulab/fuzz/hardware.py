@@ -7,7 +7,7 @@ of its own is in a subclass (`vtd_actions.py`).
 from __future__ import annotations
 
 from iommulab.fuzz.memory import PAGE
-from iommulab.fuzz.program import Value
+from iommulab.fuzz.program import Call, Value
 from iommulab.fuzz.vfio_actions import VfioActions
 from iommulab.fuzz.world import Device, DeviceFile, Hwpt, Ioas
 
@@ -44,6 +44,10 @@ class HardwareGenerator(VfioActions):
             + rng.randrange(rng.choice((40, 512))) * PAGE
             + (rng.choice((0, 0, 0, 2048)) if not ioas.aligned else 0)
         )
+
+    def mock_device(self) -> None:
+        """A device of the mock driver beside the real one."""
+        super().mock_domain(0)
 
     # -- devices -------------------------------------------------------------------------------------------------------
 
@@ -156,6 +160,13 @@ class HardwareGenerator(VfioActions):
         for _ in range(4):
             self.compat()
 
+    def container(self) -> None:
+        """Calls of VFIO's containers that iommufd knows, or does not."""
+        name = self.rng.choice(
+            ("VFIO_GET_API_VERSION", "VFIO_IOMMU_ENABLE", "VFIO_IOMMU_DISABLE", "VFIO_IOMMU_DIRTY_PAGES")
+        )
+        self.calls.append(Call(name, {}))
+
     def _questions(self) -> None:
         """What the final state is; the executor asks for the rest."""
         world = self.world
@@ -163,8 +174,8 @@ class HardwareGenerator(VfioActions):
             self.sure("IOMMU_TEST_OP_SET_TEMP_MEMORY_LIMIT", limit=65536)
         for ioas in world.ioas[:4]:
             self.sure("IOMMU_IOAS_IOVA_RANGES", ioas_id=ioas.ref, num_iovas=8, allowed_iovas=">128")
-        for hwpt in [hwpt for hwpt in world.hwpts if hwpt.flags & 2][:3]:
-            for area in (hwpt.ioas.areas if hwpt.ioas is not None else [])[:3]:
+        for hwpt in [hwpt for hwpt in world.hwpts if hwpt.flags & 2][:2]:
+            for area in (hwpt.ioas.areas if hwpt.ioas is not None else [])[:2]:
                 self.sure(
                     "IOMMU_HWPT_GET_DIRTY_BITMAP",
                     hwpt_id=hwpt.ref,
@@ -243,6 +254,12 @@ ACTIONS: list[tuple[float, str]] = [
     (3, "write_region"),
     (1, "enable"),
     (5, "set_irqs"),
+    (1, "mmap_region"),
+    (1, "ioeventfd"),
+    (1, "eventfd_write"),
+    (1, "mock_device"),
+    (0.5, "check_map"),
+    (0.7, "container"),
     (1.5, "eventfd_read"),
     (1, "edu_irq"),
     (0.5, "edu_liveness"),

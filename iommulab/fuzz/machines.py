@@ -6,7 +6,7 @@ import random
 
 from iommulab.fuzz.generator import Generator
 from iommulab.fuzz.program import Program
-from iommulab.fuzz.vtd_actions import VtdGenerator
+from iommulab.fuzz.vtd_actions import VtdGenerator, VtdPairGenerator
 
 #: Programs of one seed are independent of each other.
 _MIX = 0x9E3779B97F4A7C15
@@ -16,6 +16,7 @@ GENERATORS: dict[str, type[Generator]] = {
     "q35-vtd-legacy": VtdGenerator,
     "q35-vtd": VtdGenerator,
     "q35-vtd-fs": VtdGenerator,
+    "q35-vtd-multifunction": VtdPairGenerator,
 }
 
 

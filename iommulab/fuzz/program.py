@@ -15,8 +15,9 @@ So a program is JSON as it stands, and calls can be dropped from it: what referr
 there are `read`, `write`, `close` and `poll` of a file that a call opened, `mmap` of the iommufd, and `munmap` and
 `mprotect` of the program's memory. `RAW_0x3b96` is a request that no kernel has.
 
-With hardware there are `open` of a device and `eventfd`, whose field "fd" later calls refer to, ioctls on such a file
-(`Call.file`), `pread` and `pwrite` of its regions, and what the device is told to do (`iommulab.fuzz.edu_steps`).
+With hardware there are `open` of a device (number -1: of another iommufd) and `eventfd`, whose field "fd" later calls
+refer to, ioctls on such a file (`Call.file`), `pread`, `pwrite` and `mmap` of its regions, and what the device is told
+to do (`iommulab.fuzz.edu_steps`).
 """
 
 from __future__ import annotations
@@ -322,7 +323,8 @@ class _Compiler:
             return (_MEMORY_CALLS[call.name], address(call.fields["address"]), call.fields["length"], *more)
         if call.name == "mmap":
             patches = self._put(block, 8, index, "offset", call.fields["offset"])
-            return (MMAP, block, *(call.fields[name] for name in ("length", "prot", "flags")), patches)
+            more = (self._file(call.fields["fd"]),) if "fd" in call.fields else ()
+            return (MMAP, block, *(call.fields[name] for name in ("length", "prot", "flags")), patches, *more)
         if call.name in _OPENERS:
             return (_OPENERS[call.name], block, call.fields.get("device", 0))
         slot = self._file(call.fields["fd"])

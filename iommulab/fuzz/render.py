@@ -41,6 +41,14 @@ def put(data):
     keep.append(ctypes.create_string_buffer(data, len(data)))
     return ctypes.addressof(keep[-1])
 
+def told(name, function, *arguments):
+    try:
+        print(name, "=", result := function(*arguments))
+        return result
+    except OSError as error:
+        print(name, errno.errorcode[error.errno])
+        return b""
+
 keep = []
 """
 
@@ -57,14 +65,6 @@ class door:  # what edu_steps.run takes
 nodes = edu_functions(kernel)
 for address in nodes:
     take(kernel, address)
-
-def told(name, function, *arguments):
-    try:
-        print(name, "=", result := function(*arguments))
-        return result
-    except OSError as error:
-        print(name, errno.errorcode[error.errno])
-        return b""
 
 """
 
@@ -130,7 +130,8 @@ def _line(call: Call, calls: list[Call]) -> str:
             return _device_line(call, calls)
         if call.name == "mmap":
             offset = _value(fields["offset"], calls)
-            return f"iommu.mmap({fields['length']}, {offset}, {fields['prot']}, {fields['flags']})"
+            file = f"kernel.adopt({_value(fields['fd'], calls)})" if "fd" in fields else "iommu"
+            return f"told('mmap', {file}.mmap, {fields['length']}, {offset}, {fields['prot']}, {fields['flags']})"
         fd = _value(fields["fd"], calls)
         if call.name == "read":
             return f"kernel.adopt({fd}).read({fields['count']})"
@@ -159,6 +160,8 @@ def _line(call: Call, calls: list[Call]) -> str:
 
 def _device_line(call: Call, calls: list[Call]) -> str:
     fields = call.fields
+    if call.name == "open" and fields.get("device", 0) < 0:
+        return "SimpleNamespace(fd=kernel.open('/dev/iommu').fileno())"
     if call.name == "open":
         return f"SimpleNamespace(fd=kernel.open(node(kernel, nodes[{fields.get('device', 0)}])).fileno())"
     if call.name == "eventfd":

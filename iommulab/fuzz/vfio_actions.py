@@ -19,6 +19,9 @@ CHANCE = ((0x10, 0x14), (0x3C, 0x3D))
 class VfioActions(Generator):
     """Actions on an open device."""
 
+    #: How many devices the machine has.
+    devices = 1
+
     def on(self, file: DeviceFile, name: str, **fields: Value) -> str | None:
         """An ioctl of a device, perhaps spoiled; "@N." to refer to it, or None where it was spoiled."""
         call = self.sure(name, **fields)
@@ -26,8 +29,9 @@ class VfioActions(Generator):
         return None if self.coin(self.spoiled) and spoil(self.calls[-1], self.world) else call
 
     def open_device(self) -> DeviceFile:
-        """Open a device. There is one; now and then a program asks for a second."""
-        self.calls.append(Call("open", {"device": 1} if self.coin(0.02) else {}))
+        """Open a device; now and then one more than there are."""
+        number = self.devices if self.coin(0.02) else self.rng.randrange(self.devices)
+        self.calls.append(Call("open", {"device": number} if number else {}))
         file = DeviceFile(f"@{len(self.calls) - 1}.fd")
         self.world.files.append(file)
         return file
@@ -38,7 +42,11 @@ class VfioActions(Generator):
         more: dict[str, Value] = {}
         if self.coin(0.04):
             more = {"flags": int(vfio.VFIO_DEVICE_BIND_FLAG_TOKEN), "token_uuid_ptr": "*" + "00" * 16}
-        call = self.on(file, "VFIO_DEVICE_BIND_IOMMUFD", iommufd=MAIN_FD, argsz=self.rng.choice((16, 24, 24)), **more)
+        target: Value = MAIN_FD
+        if self.coin(0.03):  # to another context, where the program's ids mean something else
+            self.calls.append(Call("open", {"device": -1}))
+            target = f"@{len(self.calls) - 1}.fd"
+        call = self.on(file, "VFIO_DEVICE_BIND_IOMMUFD", iommufd=target, argsz=self.rng.choice((16, 24, 24)), **more)
         if call is not None and not more and file.device is None:
             file.device = Device("", call + "out_devid", 0)
             self.world.devices.append(file.device)
@@ -91,7 +99,9 @@ class VfioActions(Generator):
         """Probe, read or set a feature."""
         rng = self.rng
         kind = rng.choice((1 << 16, 1 << 17, 1 << 18, 1 << 18, 3 << 17, 5 << 16, 3 << 16, 0))
-        number = rng.choice((0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 10, 10, 10, 12, 13, 14, 100))
+        number = rng.choice((0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 10, 10, 10, 10, 10, 10, 11, 12, 13, 14, 100))
+        if number == 10 and self.coin(0.6):
+            kind = rng.choice((1 << 17, 1 << 17, 1 << 18, 1 << 18 | 1 << 17))
         more: dict[str, Value] = {f"data{place}": rng.choice((0, 0, 1, 1, 2, 1 << 32)) for place in range(2)}
         self.on(
             self._file(),
@@ -121,7 +131,8 @@ class VfioActions(Generator):
         else:
             region = rng.choice((0, 0, 0, 1, 6, 8, 9, 200))
             place = rng.choice((0, 0, 0, 0x200, 0x1000, 0xFFFFC, 0x100000 - 2, 0x100000))
-            count = rng.choice((1, 2, 4, 8, 4))
+            # What is behind the identification remembers earlier programs.
+            count = rng.choice((1, 2, 4, 4)) if place == 0 else rng.choice((1, 2, 4, 8, 4))
         self._read(self._file(), region, place, count)
 
     def _read(self, file: DeviceFile, region: int, place: int, count: int) -> None:
@@ -147,6 +158,28 @@ class VfioActions(Generator):
         value = self.rng.choice((6, 6, 6, 6, 6, 2, 4, 0x406))
         self._write(file or self._file(), CONFIG_REGION, PCI_COMMAND, value.to_bytes(2, "little"))
 
+    def mmap_region(self) -> None:
+        """Map a region until the end."""
+        rng = self.rng
+        region, place = rng.choice((0, 0, 0, 0, 1, 6, 7, 8, 9)), rng.choice((0, 0, 0, PAGE, 0xFF000, 0x100000))
+        length = rng.choice((PAGE, PAGE, 0x100000, 0x100000 - PAGE, 0x100000 + PAGE))
+        fields = {"offset": region << REGION_SHIFT | place, "length": length}
+        fields |= {"prot": rng.choice((3, 3, 1)), "flags": rng.choice((1, 1, 1, 1, 1, 2))}
+        self.calls.append(Call("mmap", fields | {"fd": self._file().fd}))
+
+    def ioeventfd(self) -> None:
+        """A store to BAR 0 whenever an eventfd is signalled: to a register that nothing is read from."""
+        rng = self.rng
+        size = rng.choice((1, 2, 4, 4, 4, 8, 3))
+        fd: Value = self._eventfd() if self.coin(0.85) else rng.choice((0xFFFFFFFF, NULL_FD, MEMFD))
+        place = rng.choice((4, 4, 4, 0x200, 6, 0xFFFFC, 0x100000))
+        more: dict[str, Value] = {"offset": rng.choice((0, 0, 0, 0, 1, 7)) << REGION_SHIFT | place, "fd": fd}
+        self.on(self._file(), "VFIO_DEVICE_IOEVENTFD", argsz=32, flags=size, data=rng.choice((0, 1, 1, 77)), **more)
+
+    def eventfd_write(self) -> None:
+        """Signal it."""
+        self.calls.append(Call("write", {"fd": self._eventfd(), "words": [1, 0]}))
+
     # -- interrupts ----------------------------------------------------------------------------------------------------
 
     def _eventfd(self) -> str:
@@ -158,12 +191,18 @@ class VfioActions(Generator):
     def set_irqs(self, index: int | None = None) -> None:
         """VFIO_DEVICE_SET_IRQS: eventfds, loop back by NONE and BOOL, masks."""
         rng = self.rng
-        index = rng.choice((0, 0, 0, 1, 1, 1, 1, 2, 3, 4)) if index is None else index
-        count = rng.choice((1, 1, 1, 1, 1, 0, 2))
-        kind = rng.choice((1, 2, 4, 4, 4, 4))
-        action = rng.choice((8, 16)) if rng.random() < (0.4 if index == 0 else 0.06) else 32
-        if kind == 4 and action != 32 and self.coin(0.9):
+        index = rng.choice((0, 0, 0, 1, 1, 1, 1, 4, 4, 2, 3)) if index is None else index
+        start, count, kind, action = 0, 1, 4, 32
+        what = rng.random()
+        if what < 0.15:  # off
+            kind, count = 1, 0
+        elif what < 0.3:  # loop back
             kind = rng.choice((1, 2))
+        elif what < 0.45:  # masks, by eventfd too
+            kind, action = rng.choice((1, 2, 4)), rng.choice((8, 16))
+        elif what < 0.55:
+            kind, action = rng.choice((1, 2, 4)), rng.choice((8, 16, 32))
+            start, count = rng.choice((0, 0, 1)), rng.choice((0, 1, 2))
         more: dict[str, Any] = {}
         size = 20
         if kind == 2:
@@ -175,7 +214,6 @@ class VfioActions(Generator):
                 odd: tuple[Value, ...] = (0xFFFFFFFF, NULL_FD, MEMFD)
                 more[f"data{place}"] = self._eventfd() if self.coin(0.85) else rng.choice(odd)
         file = self._file()
-        start = rng.choice((0, 0, 0, 0, 0, 1))
         self.on(
             file, "VFIO_DEVICE_SET_IRQS", argsz=size, flags=kind | action, index=index, start=start, count=count, **more
         )

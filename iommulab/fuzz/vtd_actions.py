@@ -15,12 +15,16 @@ U64_MAX = (1 << 64) - 1
 class VtdGenerator(HardwareGenerator):
     """Makes one program."""
 
+    #: Whether the unit nests, tracks dirty pages, or knows PASIDs. QEMU's does none of it.
+    capable = False
     # Two-stage aperture of 48 bits; a first stage's lower half.
     lasts = ((1 << 48) - 1, (1 << 47) - 1)
 
     def hwpt_alloc(self, wanted: int | None = None) -> None:
+        if wanted is not None and not self.capable and self.coin(0.7):
+            wanted = 0  # what the scene needs is refused; the rest of it may still be worth something
         device, ioas = self._device(), self._ioas()
-        flags = self.rng.choice((0, 0, 0, 1, 1, 2, 2, 3, 8, 9, 10)) if wanted is None else wanted
+        flags = self.rng.choice((0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 3, 8, 9, 10)) if wanted is None else wanted
         more: dict[str, Value] = {}
         if self.world.faults and self.coin(0.3):
             fault = self.world.pick(self.world.faults)
@@ -121,3 +125,9 @@ class VtdGenerator(HardwareGenerator):
             self.add(name, viommu_id=target, type=rng.choice((0, 1)), length=rng.choice((0, 64)))
 
     vdevice_alloc = veventq_alloc = hw_queue_alloc = viommu_less
+
+
+class VtdPairGenerator(VtdGenerator):
+    """Where two functions share an IOMMU group."""
+
+    devices = 2
