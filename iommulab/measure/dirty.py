@@ -5,35 +5,25 @@ The calls read without clearing, so that each round finds the same.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 
+from conformance.mock import mock_domain
+from conformance.mock_dirty import tracked_hwpt
+from conformance.steps import ioas_alloc, map_user, option_set
 from uapi import iommufd_test as abi
 from uapi.backend import DEV_IOMMU, Backend, Buffer, File
 from uapi.iommufd import (
-    IOMMU_HWPT_ALLOC,
-    IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
-    IOMMU_HWPT_DIRTY_TRACKING_ENABLE,
     IOMMU_HWPT_GET_DIRTY_BITMAP,
     IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR,
-    IOMMU_HWPT_SET_DIRTY_TRACKING,
-    IOMMU_IOAS_ALLOC,
-    IOMMU_IOAS_MAP,
-    IOMMU_IOAS_MAP_FIXED_IOVA,
-    IOMMU_IOAS_MAP_READABLE,
-    IOMMU_IOAS_MAP_WRITEABLE,
-    IOMMU_OPTION,
     IOMMU_OPTION_HUGE_PAGES,
-    IOMMU_OPTION_OP_SET,
 )
 from uapi.iommufd_test import IOMMU_TEST_CMD
 
 MIB, GIB = 1 << 20, 1 << 30
-_FLAGS = IOMMU_IOAS_MAP_FIXED_IOVA | IOMMU_IOAS_MAP_READABLE | IOMMU_IOAS_MAP_WRITEABLE
 _PAGE = 4096
 
 Best = Callable[[Callable[[], object]], float]
@@ -64,11 +54,11 @@ def _has_mock(kernel: Backend) -> bool:
 
 
 def _small(kernel: Backend, iommu: File, best: Best) -> Iterator[tuple[str, float]]:
-    ioas = IOMMU_IOAS_ALLOC(iommu).out_ioas_id
-    IOMMU_OPTION(iommu, option_id=IOMMU_OPTION_HUGE_PAGES, op=IOMMU_OPTION_OP_SET, object_id=ioas, val64=0)
-    hwpt = _tracked(iommu, ioas, abi.MOCK_IOMMUPT_DEFAULT)
+    ioas = ioas_alloc(iommu)
+    option_set(iommu, IOMMU_OPTION_HUGE_PAGES, 0, ioas)
+    hwpt = tracked_hwpt(iommu, mock_domain(iommu, ioas_alloc(iommu)).idev, ioas)
     with closing(kernel.buffer(GIB)) as memory:
-        IOMMU_IOAS_MAP(iommu, ioas_id=ioas, flags=_FLAGS, user_va=memory.address, length=GIB, iova=GIB)
+        map_user(iommu, ioas, memory.address, GIB, GIB)
         yield from _figures(kernel, iommu, hwpt, GIB, GIB, "GET_DIRTY_BITMAP 1 GiB, 4 KiB leaves", best)
 
 
@@ -77,12 +67,10 @@ def _huge(kernel: Backend, iommu: File, best: Best) -> Iterator[tuple[str, float
     if memory is None:
         return
     with closing(memory):
-        ioas = IOMMU_IOAS_ALLOC(iommu).out_ioas_id
-        hwpt = _tracked(iommu, ioas, abi.MOCK_IOMMUPT_HUGE)
-        arg = IOMMU_IOAS_MAP.make(ioas_id=ioas, flags=_FLAGS, user_va=memory.address, length=memory.length)
+        ioas = ioas_alloc(iommu)
+        hwpt = tracked_hwpt(iommu, mock_domain(iommu, ioas_alloc(iommu)).idev, ioas, huge=True)
         for iova in range(0, 128 * GIB, memory.length):
-            arg.iova = iova
-            iommu.ioctl(IOMMU_IOAS_MAP.number, arg)
+            map_user(iommu, ioas, memory.address, memory.length, iova)
         yield from _figures(kernel, iommu, hwpt, 0, 128 * GIB, "GET_DIRTY_BITMAP 128 GiB, 1 MiB leaves", best)
 
 
@@ -93,24 +81,6 @@ def _huge_buffer(kernel: Backend) -> Buffer | None:
         except OSError:
             continue
     return None
-
-
-def _tracked(iommu: File, ioas: int, table: int) -> int:
-    """A HWPT with a table of this type, with tracking on."""
-    mock = IOMMU_TEST_CMD.make(op=abi.IOMMU_TEST_OP_MOCK_DOMAIN, id=IOMMU_IOAS_ALLOC(iommu).out_ioas_id)
-    IOMMU_TEST_CMD.raw(iommu, mock)
-    data = abi.iommu_hwpt_selftest(pagetable_type=table)
-    hwpt = IOMMU_HWPT_ALLOC(
-        iommu,
-        dev_id=mock.mock_domain.out_idev_id,
-        pt_id=ioas,
-        flags=IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
-        data_type=abi.IOMMU_HWPT_DATA_SELFTEST,
-        data_len=ctypes.sizeof(data),
-        data_uptr=ctypes.addressof(data),
-    ).out_hwpt_id
-    IOMMU_HWPT_SET_DIRTY_TRACKING(iommu, hwpt_id=hwpt, flags=IOMMU_HWPT_DIRTY_TRACKING_ENABLE)
-    return int(hwpt)
 
 
 def _figures(

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 
+from conformance.mock import mock_domain, nest_parent, nested_alloc
+from conformance.steps import ioas_alloc
 from uapi import iommufd as api
 from uapi import iommufd_test as mock
-from uapi.backend import DEV_IOMMU, Backend, Buffer, File
-from uapi.iommufd_test import IOMMU_TEST_CMD
+from uapi.backend import DEV_IOMMU, Backend
 
 ENTRIES = 10_000
 
@@ -24,7 +25,9 @@ def invalidate_figures(kernel: Backend, best: Best) -> Iterator[tuple[str, float
     """One call with so many entries, each of one word; `best` times it. OSError where not all are done."""
     with kernel.open(DEV_IOMMU) as iommu, closing(kernel.buffer(ENTRIES * 8)) as data:
         try:
-            nested = _nested(iommu, data)
+            ioas = ioas_alloc(iommu)
+            device = mock_domain(iommu, ioas).idev
+            nested = nested_alloc(iommu, device, nest_parent(iommu, device, ioas))
         except OSError:
             return
         data.view[:] = b"".join(struct.pack("<II", 0, index % 4) for index in range(ENTRIES))
@@ -42,21 +45,3 @@ def invalidate_figures(kernel: Backend, best: Best) -> Iterator[tuple[str, float
             )
             if arg.entry_num != number:
                 raise OSError(f"{arg.entry_num} of {number} entries are done")
-
-
-def _nested(iommu: File, data: Buffer) -> int:
-    """A nested HWPT on a mock device's parent."""
-    ioas = api.IOMMU_IOAS_ALLOC(iommu).out_ioas_id
-    made = IOMMU_TEST_CMD.make(op=mock.IOMMU_TEST_OP_MOCK_DOMAIN, id=ioas)
-    IOMMU_TEST_CMD.raw(iommu, made)
-    device = made.mock_domain.out_idev_id
-    flags = api.IOMMU_HWPT_ALLOC_NEST_PARENT
-    parent = api.IOMMU_HWPT_ALLOC(iommu, flags=flags, dev_id=device, pt_id=ioas).out_hwpt_id
-    return api.IOMMU_HWPT_ALLOC(
-        iommu,
-        dev_id=device,
-        pt_id=parent,
-        data_type=mock.IOMMU_HWPT_DATA_SELFTEST,
-        data_len=4,
-        data_uptr=data.address,
-    ).out_hwpt_id

@@ -6,11 +6,11 @@ whose mock driver has no vEVENTQs (before 6.15).
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 
-from uapi import iommufd as api
+from conformance.mock import mock_replace
+from conformance.mock_guest import guest, nested_hwpt, vdevice_alloc, veventq_alloc
 from uapi import iommufd_test as mock
 from uapi.backend import DEV_IOMMU, Backend, File
 from uapi.iommufd_test import IOMMU_TEST_CMD
@@ -49,28 +49,8 @@ def vevent_figures(kernel: Backend, events: int = EVENTS) -> Iterator[tuple[str,
 
 def _queue(kernel: Backend, iommu: File, depth: int) -> tuple[int, File]:
     """A mock device attached within a vIOMMU, and the queue of its events."""
-    ioas = api.IOMMU_IOAS_ALLOC(iommu).out_ioas_id
-    made = IOMMU_TEST_CMD.make(op=mock.IOMMU_TEST_OP_MOCK_DOMAIN, id=ioas)
-    IOMMU_TEST_CMD.raw(iommu, made)
-    device, stdev = made.mock_domain.out_idev_id, made.mock_domain.out_stdev_id
-    flags = api.IOMMU_HWPT_ALLOC_NEST_PARENT
-    parent = api.IOMMU_HWPT_ALLOC(iommu, flags=flags, dev_id=device, pt_id=ioas).out_hwpt_id
-    viommu = api.IOMMU_VIOMMU_ALLOC(
-        iommu, type=mock.IOMMU_VIOMMU_TYPE_SELFTEST, dev_id=device, hwpt_id=parent
-    ).out_viommu_id
-    with_data = kernel.buffer(os.sysconf("SC_PAGESIZE"))
-    nested = api.IOMMU_HWPT_ALLOC(
-        iommu,
-        dev_id=device,
-        pt_id=viommu,
-        data_type=mock.IOMMU_HWPT_DATA_SELFTEST,
-        data_len=4,
-        data_uptr=with_data.address,
-    ).out_hwpt_id
-    with_data.close()
-    api.IOMMU_VDEVICE_ALLOC(iommu, viommu_id=viommu, dev_id=device, virt_id=_VIRT_ID)
-    replace = IOMMU_TEST_CMD.make(op=mock.IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE, id=stdev)
-    replace.mock_domain_replace.pt_id = nested
-    IOMMU_TEST_CMD.raw(iommu, replace)
-    reply = api.IOMMU_VEVENTQ_ALLOC(iommu, viommu_id=viommu, type=mock.IOMMU_VEVENTQ_TYPE_SELFTEST, veventq_depth=depth)
-    return device, kernel.adopt(reply.out_veventq_fd)
+    ids = guest(iommu)
+    nested = nested_hwpt(iommu, ids.idev, ids.viommu)
+    vdevice_alloc(iommu, ids.viommu, ids.idev, _VIRT_ID)
+    mock_replace(iommu, ids.stdev, nested)
+    return ids.idev, veventq_alloc(kernel, iommu, ids.viommu, depth)[1]
