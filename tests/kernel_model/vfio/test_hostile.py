@@ -1,7 +1,7 @@
 """A hostile function in a client's hands, on a whole kernel: it reaches what its client has mapped for it, and no more.
 
 Behind each kind of unit stand a hostile function without a port above it, one behind a root port, and an `edu` that
-another client has. What is tried at every step is everything that the hostile one can do (fakedev/endpoints/hostile.py):
+another client has. What is tried at every step is all that the hostile one can do (fakedev/endpoints/hostile.py):
 addresses and physical addresses of others, their requester ids, PASIDs, interrupts, page requests.
 """
 
