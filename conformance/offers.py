@@ -112,19 +112,31 @@ def _dmabuf_fd(backend: Backend) -> str | None:
     return None
 
 
+BEHIND_NONE = "the edu device is behind no IOMMU"
+
+
 def _dma_device(backend: Backend) -> str | None:
     return None if find_edu(backend) else "no edu device (PCI 1234:11e8)"
 
 
-def _vfio_cdev(backend: Backend) -> str | None:
-    address = find_edu(backend)
-    if address is None:
-        return "no edu device (PCI 1234:11e8)"
+def _vfio_pci(backend: Backend) -> str | None:
+    if (missing := _dma_device(backend)) is not None:
+        return missing
     try:
         backend.listdir("/sys/bus/pci/drivers/vfio-pci")
         backend.listdir("/dev/vfio")
     except OSError:
         return "no vfio-pci driver"
+    return None
+
+
+def _vfio_cdev(backend: Backend) -> str | None:
+    if (missing := _vfio_pci(backend)) is not None:
+        return missing
+    try:
+        backend.readlink(f"{PCI_DEVICES}/{find_edu(backend)}/iommu")
+    except OSError:
+        return BEHIND_NONE
     return None
 
 
@@ -183,7 +195,7 @@ def _edu_pair(backend: Backend) -> str | None:
 
 
 def _noiommu(backend: Backend) -> str | None:
-    if (missing := _vfio_cdev(backend)) is not None:
+    if (missing := _vfio_pci(backend)) is not None:
         return missing
     if older(backend.release, "7.3"):
         return "no-IOMMU devices came with 7.3"
@@ -193,11 +205,7 @@ def _noiommu(backend: Backend) -> str | None:
         mode = "N"
     if mode != "Y":
         return "VFIO gives away no devices without an IOMMU (vfio.enable_unsafe_noiommu_mode=1)"
-    try:
-        backend.readlink(f"{PCI_DEVICES}/{find_edu(backend)}/iommu")
-    except OSError:
-        return None
-    return "the device is behind an IOMMU"
+    return None if _vfio_cdev(backend) == BEHIND_NONE else "the device is behind an IOMMU"
 
 
 def _huge_pages(backend: Backend) -> str | None:

@@ -6,6 +6,7 @@ import argparse
 
 from conformance.drivers.vfio import take
 from iommulab.errors import UserError
+from kernel_model.errors import KernelError
 from kernel_model.kernel import Kernel
 from shim.launch import CannotRun, run_program
 from uapi.version import NEWEST
@@ -55,8 +56,10 @@ def run(args: argparse.Namespace) -> int:
         for address in args.bind:
             try:
                 take(kernel, address)
-            except OSError as error:
+            except FileNotFoundError as error:
                 raise UserError(f"{args.machine} has no PCI function {address}") from error
+            except KernelError as error:
+                raise UserError(f"vfio-pci does not take {address}: {error.why}") from error
         try:
             status = run_program(kernel, program)
         except CannotRun as error:

@@ -74,7 +74,8 @@ class Kernel:
     kernel says, so that an unprivileged process pays for its pins. `dmabuf_get` "0" has the mock driver's DMABUF_GET
     return 0 as 7.3 was released, not the descriptor. `caching` is how much the hardware keeps of what it read:
     "always", "never" or "random:SEED" (fakedev/caching.py). Raises ValueError for an unknown machine, release or
-    choice. Close it, or use it as a context manager: descriptors that are still open then belong to no kernel any more.
+    choice, and for hardware that the drivers refuse. Close it, or use it as a context manager: descriptors that are
+    still open then belong to no kernel any more.
     """
 
     name = "model"
@@ -148,7 +149,14 @@ class Kernel:
         #: The call in progress of this process; there is never more than one.
         self.own_call = SystemCall(self, self.process)
         _live.add(self)
-        boot(self)
+        try:
+            boot(self)
+        except KernelError as error:
+            # Linux says so in its log and goes on without the IOMMU; whoever described this machine wants to know.
+            self.close()
+            raise ValueError(
+                f"{machine if isinstance(machine, str) else machine.name}: no driver for it: {error.why}"
+            ) from error
         #: Pages of tables and queues that the drivers hold as long as they run.
         self.pages_at_boot = self.pages.live
 

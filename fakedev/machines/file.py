@@ -9,6 +9,7 @@ Left out: functions in other PCI segments, RAM elsewhere than from 0.
 
 from __future__ import annotations
 
+import stat
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fakedev.bridge import ACS_ALL, KINDS, PciBridge
+from fakedev.dma import MSI_END, MSI_START
 from fakedev.endpoints.dsa import MMIO_SIZE as DSA_MMIO_SIZE
 from fakedev.endpoints.dsa import PORTALS_SIZE, Dsa
 from fakedev.endpoints.edu import BAR_SIZE as EDU_BAR_SIZE
@@ -46,6 +48,12 @@ _DEVICE_KEYS = {"kind", "address", "iommu", "bar", "bus_master", "properties", "
 #: What the firmware may say of a device.
 _PROPERTIES = ("dma-can-stall", "canwbs")
 _BRIDGE_KEYS = {"kind", "address", "buses", "iommu", "acs"}
+#: Where ports of PCI Express are: behind which kinds of bridges, and in words.
+_PLACES: dict[str, tuple[tuple[str | None, ...], str]] = {
+    "root-port": ((None,), "a root-port is on bus 00"),
+    "upstream-port": (("root-port", "downstream-port"), "an upstream-port is behind a root-port or a downstream-port"),
+    "downstream-port": (("upstream-port",), "a downstream-port is behind an upstream-port"),
+}
 _ACS_BITS = {"sv": 1, "tb": 2, "rr": 4, "cr": 8, "uf": 0x10, "dt": 0x40}
 
 
@@ -119,12 +127,16 @@ def load(path: str | Path) -> Machine:
     """The machine that the file at `path` describes. MachineFileError for whatever is wrong with it."""
     where = _Where(str(path))
     try:
+        if not stat.S_ISREG(Path(path).stat().st_mode) and not Path(path).is_dir():
+            raise where.error("cannot be read: not a file")  # a pipe or a device might never end
         with open(path, "rb") as file:
             table = tomllib.load(file)
     except OSError as error:
         raise where.error(f"cannot be read: {(error.strerror or str(error)).lower()}") from error
     except UnicodeDecodeError as error:
         raise where.error("is not UTF-8") from error
+    except RecursionError as error:
+        raise where.error("is nested too deeply") from error
     except tomllib.TOMLDecodeError as error:
         raise where.error(f"is not TOML: {str(error)[0].lower()}{str(error)[1:]}") from error
     where.keys(table, _MACHINE_KEYS)
@@ -133,9 +145,8 @@ def load(path: str | Path) -> Machine:
     # Everything is looked at before memory is taken.
     plan = _Plan(where, table)
     board = plan.board
-    size = _ram(where, table.get("ram", board.ram))
     try:
-        memory = PhysicalMemory(size, board.ram_start, address_bits=plan.address_bits)
+        memory = PhysicalMemory(plan.ram, board.ram_start, address_bits=plan.address_bits)
     except ValueError as error:
         raise where.error(f"'ram': {error}") from error
     box = Machine(name, memory, arguments, its=board.its, host_bridge=board.host_bridge)
@@ -164,8 +175,14 @@ class _Plan:
         self._where = where
         self._units: dict[str, Callable[[Machine], Unit]] = {}
         self._functions: list[tuple[_Where, Table, bool]] = []
-        self._bases: list[tuple[int, int, str]] = []
         self.board = self._board(table)
+        self.ram = _ram(where, table.get("ram", self.board.ram))
+        #: What is taken of the address space: from, to, whose. Registers come on top.
+        its = self.board.its
+        self._bases = [
+            (self.board.ram_start, self.board.ram_start + self.ram, "RAM"),
+            (MSI_START, MSI_END, "interrupts") if its is None else (its, its + virt.ITS_SIZE, "the GIC's ITS"),
+        ]
         #: Of physical addresses that every unit can put out.
         self.address_bits = ADDRESS_BITS
         self._next_bar = self.board.bars_start
@@ -215,8 +232,8 @@ class _Plan:
             raise where.error(f"'base' {base:#x} is no multiple of {aligned:#x} below 2**52")
         for other, end, whose in self._bases:
             if base < end and other < base + size:
-                raise where.error(f"its registers at {base:#x} overlap those of {whose}")
-        self._bases.append((base, base + size, name))
+                raise where.error(f"its registers at {base:#x} overlap {whose}")
+        self._bases.append((base, base + size, f"those of {name}"))
 
     def _features(self, where: _Where, start: Any, preset: str | None, presets: list[str], changes: Table) -> Any:
         if start is None:
@@ -261,8 +278,24 @@ class _Plan:
             if any(other.secondary == function.secondary for other in box.functions if function.secondary):
                 raise where.error(f"two bridges lead to bus {function.secondary:02x}")
             box.add(function, self._unit_of(where, table, units), self._properties(where, table))
-            if function.rid >> 8 and not box.root.upstream(function):
+            above = box.root.upstream(function)
+            if function.rid >> 8 and not above:
                 raise where.error(f"no bridge leads to bus {function.rid >> 8:02x}")
+            if isinstance(function, PciBridge):
+                self._fits(where, table["kind"], function, above, box)
+
+    def _fits(self, where: _Where, kind: str, bridge: PciBridge, above: list[PciFunction], box: Machine) -> None:
+        """MachineFileError for a bridge that can be nowhere, or not there."""
+        parent = above[0].address if above else None
+        parents = {one["address"]: one["kind"] for _, one, is_bridge in self._functions if is_bridge}
+        if kind in _PLACES and parents.get(parent or "") not in _PLACES[kind][0]:
+            raise where.error(_PLACES[kind][1])
+        if above and bridge.subordinate > above[0].subordinate:
+            raise where.error(f"buses to {bridge.subordinate:02x} are not behind bridge {parent}")
+        for other in box.functions:
+            beside = isinstance(other, PciBridge) and other is not bridge and other not in above
+            if beside and bridge.secondary <= other.subordinate and other.secondary <= bridge.subordinate:
+                raise where.error(f"its buses overlap those of bridge {other.address}")
 
     def _slots(self) -> dict[str, set[str]]:
         slots: dict[str, set[str]] = {}
@@ -306,6 +339,8 @@ class _Plan:
             raise where.error("'buses' are the bus behind it and the last one: [1] or [1, 4]")
         acs = ACS_ALL
         if "acs" in table:
+            if kind not in ("root-port", "downstream-port"):
+                raise where.error("'acs' is a key of root and downstream ports")
             names = where.get(table, "acs", list)
             unknown = [name for name in names if not isinstance(name, str) or name not in _ACS_BITS]
             if unknown:
@@ -353,6 +388,6 @@ class _Plan:
             raise where.error(f"'bar' {base:#x} is no multiple of {size:#x} from {low:#x} to {end:#x}")
         for other, end, whose in self._bases:
             if base < end and other < base + size:
-                raise where.error(f"its registers at {base:#x} overlap those of {whose}")
-        self._bases.append((base, base + size, where.what))
+                raise where.error(f"its registers at {base:#x} overlap {whose}")
+        self._bases.append((base, base + size, f"those of {where.what}"))
         return int(base)

@@ -19,7 +19,7 @@ from fakedev.smmuv3.regs import QEMU_VIRT, Features
 
 #: Where the board has its RAM, and its interrupt translation service.
 RAM_START, RAM_SIZE = 0x4000_0000, 0x4000_0000
-ITS_BASE = 0x0808_0000
+ITS_BASE, ITS_SIZE = 0x0808_0000, 0x2_0000
 #: Where it has BARs, and what its device tree calls the host bridge that leads there.
 BARS, BARS_END, _BARS_64 = 0x1000_0000, 0x3EFF_0000, 0x80_0000_0000
 HOST_BRIDGE = "4010000000.pcie"

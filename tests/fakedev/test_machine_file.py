@@ -1,5 +1,6 @@
 """Machine files: what they build, that the page's example is one, and a sentence for each kind of nonsense."""
 
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -163,6 +164,16 @@ NONSENSE = [
     (bridge(more="acs = [[1]]"), "no access control service [1]"),
     ('[[iommu]]\nkind = "smmuv3"\nfeatures = { granules = [[1]] }', "'features': "),
     (bridge() + bridge("0000:00:02.0"), "two bridges lead to bus 01"),
+    (bridge(buses="[1, 3]") + bridge("0000:00:02.0", "[2, 4]"), "its buses overlap those of bridge 0000:00:01.0"),
+    (bridge() + bridge("0000:01:00.0", "[2]", "upstream-port"), "buses to 02 are not behind bridge 0000:00:01.0"),
+    (bridge(buses="[1, 2]") + bridge("0000:01:00.0", "[2]"), "a root-port is on bus 00"),
+    (bridge(kind="upstream-port"), "an upstream-port is behind a root-port or a downstream-port"),
+    (bridge(kind="downstream-port"), "a downstream-port is behind an upstream-port"),
+    (bridge(kind="pci", more='acs = ["sv"]'), "'acs' is a key of root and downstream ports"),
+    (IOMMU + "base = 0x1000", "its registers at 0x1000 overlap RAM"),
+    (IOMMU + "base = 0xfee01000", "its registers at 0xfee01000 overlap interrupts"),
+    ('[[iommu]]\nkind = "smmuv3"\nbase = 0x8090000', "its registers at 0x8090000 overlap the GIC's ITS"),
+    ("name = " + "[" * 5000, "is nested too deeply"),
 ]
 
 
@@ -184,3 +195,8 @@ def test_a_file_that_is_not_there_or_no_text_is_one_sentence(tmp_path):
         load(tmp_path / "bytes.toml")
     with pytest.raises(MachineFileError, match="cannot be read: is a directory"):
         load(tmp_path)
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(MachineFileError, match="cannot be read: not a file"):
+        load(tmp_path / "pipe.toml")
+    with pytest.raises(MachineFileError, match="cannot be read: not a file"):
+        load("/dev/zero")

@@ -62,6 +62,13 @@ def test_one_area_on_the_model_prints_a_table_and_writes_reports(tmp_path: Path)
     assert int(suite.get("tests", "0")) == len(results.tests)
 
 
+def test_on_a_machine_without_an_iommu_what_needs_one_is_skipped(tmp_path: Path) -> None:
+    areas = ("vfio_group", "vfio_info", "vfio_msi", "noiommu_get_pa", "ioas_alloc")
+    done = run("conformance", "--report", str(tmp_path), "-n", "1", "--machine", "q35-noiommu", *areas)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the edu device is behind no IOMMU" in done.stdout
+
+
 def test_one_test_by_id_and_a_record(tmp_path: Path) -> None:
     listed = run("conformance", "--report", str(tmp_path), "-n", "1", "ioas_alloc")
     assert listed.returncode == 0

@@ -8,6 +8,7 @@ errata by IIDR, messages instead of wired interrupts, suspend, kdump.
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,7 @@ _HANDLED = frozenset(
 class SmmuDevice:
     """`struct arm_smmu_device`: the unit with its registers at `base`.
 
-    KernelBug for a unit that the driver refuses (ENXIO in the kernel): no AArch64 tables, too small a command queue.
+    ENXIO for a unit that the driver refuses: no AArch64 tables, too small a command queue.
     """
 
     def __init__(self, machine: Machine, pages: PageAllocator, base: int) -> None:
@@ -88,7 +89,7 @@ class SmmuDevice:
         self.log: deque[str] = deque(maxlen=64)
         cmdqs, evtqs = regs.IDR1_CMDQS.get(self.idr[1]), regs.IDR1_EVENTQS.get(self.idr[1])
         if cmdqs <= 6:
-            raise KernelBug(f"a command queue of {1 << cmdqs} entries does not hold a batch")
+            raise KernelError(errno.ENXIO, f"a command queue of {1 << cmdqs} entries does not hold a batch")
         self.cmdq = CommandQueue(machine, pages, base, cmdqs)
         self.evtq = OutputQueue(machine, pages, evtqs, 4, base + regs.EVENTQ_PROD, base + regs.EVENTQ_CONS)
         self.priq: OutputQueue | None = None
@@ -113,7 +114,7 @@ class SmmuDevice:
         idr0, idr1, _, idr3, _, idr5 = self.idr
         self.stage1, self.stage2 = bool(idr0 & regs.IDR0_S1P), bool(idr0 & regs.IDR0_S2P)
         if not (self.stage1 or self.stage2) or not regs.IDR0_TTF.get(idr0) & 2:
-            raise KernelBug("the unit has no translation by AArch64 tables")
+            raise KernelError(errno.ENXIO, "the unit has no translation by AArch64 tables")
         self.nesting = self.stage1 and self.stage2
         self.coherent = bool(idr0 & regs.IDR0_COHACC)
         self.two_level_cdtab = bool(idr0 & regs.IDR0_CD2L)

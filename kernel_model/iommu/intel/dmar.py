@@ -7,6 +7,7 @@ is refused), kexec, suspend.
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from fakedev.machine import Machine
 from fakedev.vtd import descriptors as qi
 from fakedev.vtd import entries, faults, regs
-from kernel_model.errors import KernelBug
+from kernel_model.errors import KernelBug, KernelError
 from kernel_model.iommu.io_pgfault import IopfQueue
 from kernel_model.irq import MSI_ADDRESS, Interrupts
 from kernel_model.page_alloc import PageAllocator
@@ -45,7 +46,7 @@ class IntelUnit:
         self.version = self._mmio.read(base + regs.VER, 4)
         self.caps = regs.Capabilities(self._mmio.read(base + regs.CAP, 8), self._mmio.read(base + regs.ECAP, 8))
         if not self.caps.queued_invalidation:
-            raise KernelBug("the driver needs a unit with queued invalidation")
+            raise KernelError(errno.ENODEV, "the driver needs a unit with queued invalidation")
         caps = self.caps
         #: The tables are those of scalable mode (sm_supported() and its kin).
         self.scalable = caps.scalable
@@ -83,7 +84,7 @@ class IntelUnit:
             levels = levels & first if caps.second_stage else first
         levels &= (2 << widest) - 1
         if not levels:
-            raise KernelBug(f"the unit has no address width for its tables, sagaw {caps.sagaw:#x}")
+            raise KernelError(errno.EINVAL, f"the unit has no address width for its tables, sagaw {caps.sagaw:#x}")
         return levels.bit_length() - 1
 
     # -- start-up ----------------------------------------------------------------------------------------------------
