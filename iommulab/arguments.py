@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
+DEFAULT_CACHING = "always"
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's, without the usage of some ten lines before what is wrong."""
@@ -38,3 +40,19 @@ def seconds(text: str) -> float:
     if not 0 < number < 1e6:
         raise argparse.ArgumentTypeError(f"{text} is no time in seconds")
     return number
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--dmabuf-get and --caching, as `Kernel` takes them."""
+    parser.add_argument(
+        "--dmabuf-get",
+        choices=("fd", "0"),
+        default="fd",
+        help="what the model's DMABUF_GET returns; 0 is the fault of 7.3 as released (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--caching",
+        default=DEFAULT_CACHING,
+        metavar="always|never|random[:SEED]",
+        help="what the model's hardware keeps of what it read until it is told not to (default: %(default)s)",
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from conformance.drivers.vfio import take
+from iommulab.arguments import add_model_options
 from iommulab.errors import UserError
 from kernel_model.errors import KernelError
 from kernel_model.kernel import Kernel
@@ -25,18 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="ADDRESS",
         help="give a PCI function (0000:00:10.0) to vfio-pci first; may be repeated",
     )
-    parser.add_argument(
-        "--dmabuf-get",
-        choices=("fd", "0"),
-        default="fd",
-        help="what the mock driver's DMABUF_GET returns; 0 is the fault of 7.3 as released (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--caching",
-        default="always",
-        metavar="always|never|random[:SEED]",
-        help="what the hardware keeps of what it read until it is told not to (default: %(default)s)",
-    )
+    add_model_options(parser)
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM ARGS", help="what to run")
     parser.set_defaults(run=run)
 

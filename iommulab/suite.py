@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from iommulab.arguments import seconds, whole
+from iommulab.arguments import DEFAULT_CACHING, add_model_options, seconds, whole
 from iommulab.errors import UserError
 from iommulab.files import check_writable
 from iommulab.follow import Follower, Launch, Limits, tail
@@ -35,7 +35,7 @@ from uapi.backend import DEV_IOMMU
 from uapi.linux import LinuxBackend
 
 MODEL = "iommulab.backends:model"
-DEFAULT_MACHINE, DEFAULT_VERSION, DEFAULT_CACHING = "q35-vtd-legacy", "7.3", "always"
+DEFAULT_MACHINE, DEFAULT_VERSION = "q35-vtd-legacy", "7.3"
 #: Failed tests that are printed in full.
 SHOWN = 10
 
@@ -128,18 +128,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="PATH",
         help=f"an arm64 guest's root file system, a directory or a tar file (default: {ROOT_NAME} beside the image)",
     )
-    parser.add_argument(
-        "--dmabuf-get",
-        choices=("fd", "0"),
-        default="fd",
-        help="what the model's DMABUF_GET returns; 0 is the fault of 7.3 as released (default: fd)",
-    )
-    parser.add_argument(
-        "--caching",
-        default=DEFAULT_CACHING,
-        metavar="always|never|random[:SEED]",
-        help="what the model's hardware keeps of what it read until it is told not to (default: %(default)s)",
-    )
+    add_model_options(parser)
     parser.add_argument("--report", type=Path, default=Path("report"), metavar="DIR", help="default: report")
     parser.add_argument("--record", type=Path, metavar="FILE", help="keep the run's JSON here too (.json or .json.gz)")
     parser.add_argument("-k", dest="expression", metavar="EXPR", help="tests whose names match, as in pytest")
