@@ -1,10 +1,10 @@
 """Nested translation against a second walk, written from sections 3.6 to 3.8 of the manual: QEMU has none to ask.
 
 Each case is a guest's table of 4 or 5 levels, whose pages and whose target lie at guest addresses that a second stage
-of 3 to 5 levels maps with pages of any size and any permission. One request is made, with nothing cached. The oracle says
-which conditions of table 30 it meets: it must be refused if there is one, and with one of them; else the address, and
-every accessed and dirty bit in memory, must be the oracle's. Two things are open in the manual and not looked at: bits
-of items on the way to a fault, and whether reading a first-stage table through SSADE=1 makes its page dirty.
+of 3 to 5 levels maps with pages of any size and any permission. One request is made, with nothing cached. The oracle
+says which conditions of table 30 it meets: it must be refused if there is one, and with one of them; else the address,
+and every accessed and dirty bit in memory, must be the oracle's. Two things are open in the manual and not looked at:
+bits of items on the way to a fault, and whether reading a first-stage table through SSADE=1 makes its page dirty.
 """
 
 import random
