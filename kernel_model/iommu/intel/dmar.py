@@ -2,7 +2,7 @@
 
 Mirrors drivers/iommu/intel/dmar.c and the register half of iommu.c at 7.3. Everything goes through `machine.mmio` and
 words in RAM. A unit that has scalable mode is used in it. Left out: register-based invalidation (a unit without a queue
-is refused), kexec, suspend.
+is refused), kexec, suspend, devices that do not complete an invalidation (the kernel tries again, for ever).
 """
 
 from __future__ import annotations
