@@ -39,8 +39,8 @@ from uapi.vfio import VFIO_DEVICE_FEATURE
 #: Kinds of steps. The result of an FD_IOCTL is a descriptor; DETACH has no result: it frees every device of PASIDs.
 IOCTL, READ, WRITE, CLOSE, POLL, UNMAP, PROTECT, FD_IOCTL, DETACH, MMAP = range(10)
 #: Those of programs with hardware: open a device or an eventfd, an ioctl of a file, its regions, what `edu` does. MAIN
-#: has no result: it says the iommufd's number.
-OPEN, EVENTFD, FILE_IOCTL, PREAD, PWRITE, EDU, MAIN = range(10, 17)
+#: has no result: it says the iommufd's number. POKE writes into the program's memory, as a guest does.
+OPEN, EVENTFD, FILE_IOCTL, PREAD, PWRITE, EDU, MAIN, POKE = range(10, 18)
 #: Ids that the final state tries to destroy.
 IDS = 20
 #: A page with more pins than this counts as that.
@@ -135,6 +135,8 @@ class Executor:
                 work[step[1] : step[1] + 4] = iommu.to_bytes(4, "little")
                 slots.append(step[1])
                 continue
+            elif kind == POKE:
+                result = memory.poke(*step[1:])
             elif kind in (OPEN, EVENTFD):
                 result = self._open(step, opened, slots)
             elif kind in (FILE_IOCTL, PREAD, PWRITE, EDU):

@@ -6,6 +6,7 @@ import random
 
 from iommulab.fuzz.generator import Generator
 from iommulab.fuzz.program import Program
+from iommulab.fuzz.smmuv3_actions import Smmuv3Generator
 from iommulab.fuzz.vtd_actions import VtdGenerator, VtdPairGenerator
 
 #: Programs of one seed are independent of each other.
@@ -17,6 +18,7 @@ GENERATORS: dict[str, type[Generator]] = {
     "q35-vtd": VtdGenerator,
     "q35-vtd-fs": VtdGenerator,
     "q35-vtd-multifunction": VtdPairGenerator,
+    "virt-smmuv3": Smmuv3Generator,
 }
 
 

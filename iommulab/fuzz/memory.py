@@ -128,6 +128,14 @@ class Memory:
             ctypes.memmove(REGIONS[name][0], self.patterns[name], len(self.patterns[name]))
 
     @staticmethod
+    def poke(address: int, length: int, words: Sequence[tuple[int, int]]) -> int:
+        """Zero so much memory but for these words of 8 bytes, each at its offset: 0."""
+        ctypes.memset(address, 0, length)
+        for offset, word in words:
+            ctypes.c_uint64.from_address(address + offset).value = word
+        return 0
+
+    @staticmethod
     def unmap(address: int, length: int) -> int:
         """munmap(2): 0 or the errno, negative."""
         return -ctypes.get_errno() if _munmap(address, length) else 0

@@ -17,7 +17,8 @@ there are `read`, `write`, `close` and `poll` of a file that a call opened, `mma
 
 With hardware there are `open` of a device (number -1: of another iommufd) and `eventfd`, whose field "fd" later calls
 refer to, ioctls on such a file (`Call.file`), `pread`, `pwrite` and `mmap` of its regions, and what the device is told
-to do (`iommulab.fuzz.edu_steps`).
+to do (`iommulab.fuzz.edu_steps`); `poke` writes a guest's tables into the program's memory: zeros, but for pairs of an
+offset and a word.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from iommulab.fuzz.executor import (
     MAIN,
     MMAP,
     OPEN,
+    POKE,
     POLL,
     PREAD,
     PROTECT,
@@ -325,6 +327,8 @@ class _Compiler:
             patches = self._put(block, 8, index, "offset", call.fields["offset"])
             more = (self._file(call.fields["fd"]),) if "fd" in call.fields else ()
             return (MMAP, block, *(call.fields[name] for name in ("length", "prot", "flags")), patches, *more)
+        if call.name == "poke":
+            return (POKE, address(call.fields["address"]), call.fields["length"], call.fields["words"])
         if call.name in _OPENERS:
             return (_OPENERS[call.name], block, call.fields.get("device", 0))
         slot = self._file(call.fields["fd"])

@@ -66,6 +66,11 @@ nodes = edu_functions(kernel)
 for address in nodes:
     take(kernel, address)
 
+def poke(address, length, words):
+    ctypes.memset(address, 0, length)
+    for offset, word in words.items():
+        ctypes.c_uint64.from_address(address + offset).value = word
+
 """
 
 
@@ -126,6 +131,10 @@ def _line(call: Call, calls: list[Call]) -> str:
             more = f", {fields['prot']}" if call.name == "mprotect" else ""
             where = _value(fields["address"], calls)
             return f"ctypes.CDLL(None).{call.name}(ctypes.c_void_p({where}), {fields['length']}{more})"
+        if call.name == "poke":
+            where = _value(fields["address"], calls)
+            words = ", ".join(f"{at:#x}: {word:#x}" for at, word in fields["words"])
+            return f"poke({where}, {fields['length']}, {{{words}}})"
         if call.name in ("open", "eventfd") or call.name in EDU_CALLS or call.name in ("pread", "pwrite"):
             return _device_line(call, calls)
         if call.name == "mmap":

@@ -38,6 +38,15 @@ SILENCE, BOOT = 60.0, 300.0
 PATIENCE = 2
 PORT = "iommulab.fuzz"
 _MODULE = "iommulab.fuzz.executor"
+#: What of this package a guest with a root of its own needs.
+_FILES = tuple(
+    SUITE.parent / "iommulab" / name
+    for name in (
+        "__init__.py",
+        "connect.py",
+        *(f"fuzz/{name}.py" for name in ("__init__", "executor", "doors", "edu_steps", "memory")),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +127,7 @@ class GuestStream:
         events = directory / "events"
         events.touch()
         path = directory / f"port.{attempt}"
-        run = shlex.join([sys.executable, "-m", _MODULE])
+        run = shlex.join([guest.python, "-m", _MODULE])
         command = (
             f'for port in /sys/class/virtio-ports/*; do [ "$(cat "$port/name")" = {PORT} ] && '
             f"exec {run} /dev/${{port##*/}}; done"
@@ -130,6 +139,7 @@ class GuestStream:
             self._console,
             f"-chardev socket,id=fuzz,path={path},server=on,wait=off "
             f"-device virtserialport,bus=iommulab.0,chardev=fuzz,name={PORT}",
+            _FILES,
         )
         self._socket = socket.socket(socket.AF_UNIX)
         deadline = time.monotonic() + BOOT
