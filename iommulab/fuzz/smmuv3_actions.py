@@ -230,8 +230,8 @@ class Smmuv3Generator(HardwareGenerator):
         self.edu_copy()
 
 
-#: Programs here write to their memory, so it stays where it is. A store tied to an eventfd may be a narrow one, which on
-#: arm64 is an external abort.
+#: Programs here write to their memory, so it stays where it is. A store that is tied to an eventfd may be a narrow one,
+#: which on arm64 is an external abort.
 _ABSENT = ("protect", "ioeventfd", "hwpt_nested", "invalidate", "edu_copy")
 SMMUV3_ACTIONS: list[tuple[float, str]] = [
     *((weight, name) for weight, name in ACTIONS if name not in _ABSENT),
