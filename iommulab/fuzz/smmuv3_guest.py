@@ -3,8 +3,9 @@
 The bits are those of Arm IHI 0070 chapters 4 and 5 and of the VMSAv8-64 descriptors. The guest's memory is the region
 "buf", at `RAM` in the nesting parent: a context descriptor, a stage-1 table of 39 bits in pages of 4 KiB, and data.
 
-Left out is what QEMU does otherwise than the manual (docs/qemu.md), as it is the judge here: addresses beyond the
-unit's size, S1CDMax without substreams, AP[1] and APTable[0], reserved values of CD.IPS.
+Left out is what QEMU does otherwise than the manual, as it is the judge here: addresses beyond the unit's size, S1CDMax
+without substreams, AP[1], reserved values of CD.IPS; APTable, which it checks before it knows whether there is a page,
+and forgets once it has cached one.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _LEAF_BITS = (
     *(1 << bit for bit in (0, 1, 5, 7, 10, 11, 51, 52, 53, 54, 55, 58)),
     *(3 << 8, 7 << 2, 1 << 51 | 1 << 7),
 )
-_TABLE_BITS = (1 << 62, 1 << 59, 3 << 59, 1 << 63, 0x7F << 52, 1 << 2)
+_TABLE_BITS = (1 << 59, 3 << 59, 1 << 63, 0x7F << 52, 1 << 2)
 
 #: Opcodes that a guest may send, rather often those with operands; and others.
 _TLBI_ALL, _TLBI_ASID, _TLBI_VA, _TLBI_VAA, _TLBI_NSNH = 0x10, 0x11, 0x12, 0x13, 0x30
