@@ -234,7 +234,7 @@ def _report(console: Console, hunt: Hunt, found: Run, most: int, args: argparse.
 def _recorded(console: Console, args: argparse.Namespace) -> int:
     paths = args.vectors or list(chunks(RECORDED))
     if not paths:
-        raise UserError(f"no recorded answers in {RECORDED}")
+        raise UserError(f"no recorded answers in {RECORDED}: they come with a checkout; or name a FILE")
     differ = done = 0
     began = time.monotonic()
     for path in paths:
