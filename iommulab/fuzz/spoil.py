@@ -5,6 +5,7 @@ from __future__ import annotations
 from iommulab.fuzz.memory import MEMFD, NULL_FD, PAGE
 from iommulab.fuzz.program import LAYOUTS, Call, Value
 from iommulab.fuzz.world import World
+from uapi.vfio import VFIO_DEVICE_FEATURE_DMA_BUF
 
 U64_MAX = (1 << 64) - 1
 #: Fields that are pointers, those that are ids, those whose value is a size or an address of the IO side.
@@ -123,6 +124,8 @@ def _allowed(call: Call) -> bool:
         fields["entry_num"] = (1 << 19) + 1
     if call.name == "IOMMU_HW_QUEUE_ALLOC":
         within_a_page(call)
+    if call.name == "VFIO_DEVICE_FEATURE" and fields.get("flags", 0) & 0xFFFF == VFIO_DEVICE_FEATURE_DMA_BUF:
+        fields["flags"] ^= VFIO_DEVICE_FEATURE_DMA_BUF  # the model has none of VFIO
     return True
 
 

@@ -12,6 +12,8 @@ from iommulab.fuzz.spoil import spoil
 from iommulab.fuzz.world import Device, DeviceFile
 from uapi import vfio
 
+#: The features of which an ordinary PCI function has all.
+LOW_POWER = (3, 4, 5)
 #: Answers there are numbers of this machine: where BAR 0 lies, what line the firmware gave to the interrupt.
 CHANCE = ((0x10, 0x14), (0x3C, 0x3D))
 
@@ -96,13 +98,17 @@ class VfioActions(Generator):
             self.on(self._file(), name, argsz=12)
 
     def feature(self) -> None:
-        """Probe, read or set a feature."""
+        """Probe, read or set a feature; not DMA_BUF, which the model has not."""
         rng = self.rng
         kind = rng.choice((1 << 16, 1 << 17, 1 << 18, 1 << 18, 3 << 17, 5 << 16, 3 << 16, 0))
-        number = rng.choice((0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 10, 10, 10, 10, 10, 10, 11, 12, 13, 14, 100))
-        if number == 10 and self.coin(0.6):
-            kind = rng.choice((1 << 17, 1 << 17, 1 << 18, 1 << 18 | 1 << 17))
+        number = rng.choice((0, 1, 2, 3, 5, 6, 7, 8, 9, 3, 4, 5, 5, 10, 12, 13, 14, 100))
+        if number in LOW_POWER and self.coin(0.6):
+            kind = 1 << 17
         more: dict[str, Value] = {f"data{place}": rng.choice((0, 0, 1, 1, 2, 1 << 32)) for place in range(2)}
+        if number == vfio.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP and self.coin(0.7):
+            # An eventfd that nobody reads: when the device wakes up is chance.
+            self.calls.append(Call("eventfd"))
+            more = {"data0": f"@{len(self.calls) - 1}.fd"}
         self.on(
             self._file(),
             "VFIO_DEVICE_FEATURE",
