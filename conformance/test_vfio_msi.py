@@ -138,6 +138,34 @@ def test_interrupt_of_a_cleared_vector_is_a_dma_of_zeros_to_0(
     buffer.close()
 
 
+def test_interrupts_before_the_first_eventfd_are_one_signal_to_it(edu: Edu, eventfd: int) -> None:
+    """The vector is pending and raised again when it gets a handler (`check_irq_resend`; a LPI on Arm)."""
+    edu.vfio.signal_on(MSI, [-1])
+    for cause in (1, 2):
+        edu.raise_irq(cause)
+        edu.acknowledge(cause)
+    edu.vfio.signal_on(MSI, [eventfd])
+    assert signals(eventfd) == 1
+    edu.raise_irq(1)
+    assert signals(eventfd) == 1
+    edu.acknowledge(1)
+    edu.vfio.signal_on(MSI, [-1])
+    edu.vfio.signal_on(MSI, [eventfd])
+    assert signals(eventfd, SILENCE) == 0
+
+
+def test_interrupt_without_an_eventfd_is_forgotten_with_msi(edu: Edu, eventfd: int) -> None:
+    edu.vfio.signal_on(MSI, [-1])
+    edu.raise_irq(1)
+    edu.acknowledge(1)
+    edu.vfio.disable_irqs(MSI)
+    edu.vfio.signal_on(MSI, [eventfd])
+    assert signals(eventfd, SILENCE) == 0
+    edu.raise_irq(1)
+    assert signals(eventfd) == 1
+    edu.acknowledge(1)
+
+
 @pytest.fixture
 def armed(kernel: Backend, edu: Edu, iommu: File, ioas: int) -> Iterator[int]:
     """The eventfd of edu's MSI, which is on; what edu sends by DMA is zeros, the data of every remappable message."""

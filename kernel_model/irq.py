@@ -87,7 +87,10 @@ class _Allocated:
     domain: MsiDomain
     number: int
     vectors: list[int]
+    #: Positions of those whose message leads somewhere.
     active: set[int]
+    #: Of those that were raised while nobody had asked for them: IRQS_PENDING, on Arm a LPI that is pending.
+    pending: set[int]
 
 
 class Interrupts:
@@ -143,7 +146,7 @@ class Interrupts:
                 number = domain.alloc(function, 1)
         except KernelError as error:
             raise KernelError(errno.ENOSPC, error.why) from error
-        owned = _Allocated(function, domain, number, free, set())
+        owned = _Allocated(function, domain, number, free, set(), set())
         self._vectors[function.rid] = owned
         self._owners.update({vector: (owned, position) for position, vector in enumerate(owned.vectors)})
         for position in range(count):
@@ -200,24 +203,37 @@ class Interrupts:
         function.config_write(cap + _PCI_MSI_DATA_64, 2, data)
 
     def request_irq(self, vector: int, handler: Handler) -> None:
+        """Have `handler` called for a vector; now, if it was raised since it is there (`check_irq_resend()`)."""
         if vector in self._handlers:
             raise KernelBug(f"vector {vector} has a handler")
         self._handlers[vector] = handler
         if vector in self._owners:
-            self._activate(*self._owners[vector])
+            owned, position = self._owners[vector]
+            self._activate(owned, position)
+            if position in owned.pending:
+                owned.pending.remove(position)
+                handler()
 
     def free_irq(self, vector: int) -> None:
         del self._handlers[vector]
         if vector in self._owners:
             self._deactivate(*self._owners[vector])
 
+    def _raise(self, vector: int) -> None:
+        """Call the handler, or note for the first who asks that this came (`handle_edge_irq()`)."""
+        handler = self._handlers.get(vector)
+        if handler is not None:
+            handler()
+        elif vector in self._owners:
+            owned, position = self._owners[vector]
+            if position in owned.active:
+                owned.pending.add(position)
+
     def _message(self, address: int, data: int) -> None:
         destination = address >> _DESTINATION_SHIFT & _DESTINATION_MASK | address >> 32 & ~_DESTINATION_MASK
         mine = destination & 1 if address & _LOGICAL else destination in (0, _EVERYBODY)
         if mine and data >> _DELIVERY_SHIFT & _DELIVERY_MASK in (0, 1):  # fixed, lowest priority
-            handler = self._handlers.get(data & _VECTOR_MASK)
-            if handler is not None:
-                handler()
+            self._raise(data & _VECTOR_MASK)
 
     # -- lines -------------------------------------------------------------------------------------------------------
 
@@ -308,9 +324,7 @@ class GicInterrupts(Interrupts):
         """What the translation service does with a write of the function that has this request id."""
         owned, position = self._vectors.get(rid), self._its.position(rid, event)
         if owned is not None and position in owned.active:
-            handler = self._handlers.get(owned.vectors[position])
-            if handler is not None:
-                handler()
+            self._raise(owned.vectors[position])
 
 
 def interrupts_of(machine: Machine, prepare: Callable[[PciFunction, int], int]) -> Interrupts:
