@@ -264,12 +264,12 @@ def destroy_guest(iommu: File, ids: Guest) -> None:
 
 
 def test_pages_that_are_not_contiguous_are_efault(kernel: Backend, iommu: File, ids: Guest, buffer: Buffer) -> None:
-    """The two pages in reverse order follow each other physically nowhere."""
-    for index in range(2):
-        map_user(iommu, ids.ioas, buffer.address + (1 - index) * PAGE, PAGE, IOVA + (4 + index) * PAGE)
+    """Wherever two pages are, one of the two does not follow the other."""
+    for index in range(3):
+        map_user(iommu, ids.ioas, buffer.address + index % 2 * PAGE, PAGE, IOVA + (4 + index) * PAGE)
     with fails(errno.EFAULT):
-        hw_queue_alloc(iommu, ids.viommu, 0, IOVA + 4 * PAGE, 2 * PAGE)
-    assert unmap(iommu, ids.ioas, IOVA + 4 * PAGE, 2 * PAGE) == 2 * PAGE
+        hw_queue_alloc(iommu, ids.viommu, 0, IOVA + 4 * PAGE, 3 * PAGE)
+    assert unmap(iommu, ids.ioas, IOVA + 4 * PAGE, 3 * PAGE) == 3 * PAGE
 
 
 def test_same_page_twice_is_efault(iommu: File, ids: Guest, buffer: Buffer) -> None:
