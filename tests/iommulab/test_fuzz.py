@@ -7,6 +7,7 @@ import ast
 import gzip
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -306,13 +307,22 @@ def test_no_program_of_thousands_breaks_the_model(model: ModelSide, seed: int) -
 
 
 @pytest.mark.soak
-def test_ten_thousand_programs_on_a_real_kernel(capsys: pytest.CaptureFixture[str]) -> None:
-    """On the newest image of `iommulab kernel list`, in a guest."""
-    try:
-        find_image(None, None)
-    except UserError as error:
-        pytest.skip(str(error))
-    status = main(["fuzz", "--against", "vm", "--programs", "10000"])
+@pytest.mark.parametrize(("machine", "programs"), [("mock", 10_000), *((name, 1000) for name in HARDWARE)])
+def test_thousands_of_programs_on_a_real_kernel(
+    machine: str, programs: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the newest image of `iommulab kernel list`, in a guest; for Arm on the one that IOMMULAB_ARM64_IMAGE names."""
+    arguments = ["fuzz", "--against", "vm", "--machine", machine, "--programs", str(programs)]
+    if machine.startswith("virt-"):
+        if "IOMMULAB_ARM64_IMAGE" not in os.environ:
+            pytest.skip("IOMMULAB_ARM64_IMAGE names no kernel image for arm64")
+        arguments += ["--kernel-image", os.environ["IOMMULAB_ARM64_IMAGE"]]
+    else:
+        try:
+            find_image(None, None)
+        except UserError as error:
+            pytest.skip(str(error))
+    status = main(arguments)
     assert status == 0, capsys.readouterr().out
 
 
