@@ -47,6 +47,9 @@ class Door(Protocol):
     def pinned(self) -> int:
         """VmPin of this process in KiB."""
 
+    def signalled(self) -> None:
+        """An eventfd was written to: who waits for it is called now."""
+
 
 _libc_ioctl = ctypes.CDLL(None, use_errno=True).ioctl
 _libc_ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
@@ -145,3 +148,6 @@ class LinuxDoor:
 
     def pinned(self) -> int:
         return read_status(os.getpid(), "VmPin")
+
+    def signalled(self) -> None:
+        """A kernel does that as the write returns."""

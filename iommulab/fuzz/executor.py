@@ -253,7 +253,10 @@ class Executor:
         if kind == WRITE:
             for target, source, count in step[4]:
                 work[target : target + count] = work[source : source + count]
-            return door.write(fd, bytes(work[step[2] : step[2] + step[3]]))
+            written = door.write(fd, bytes(work[step[2] : step[2] + step[3]]))
+            if door is self._linux:
+                self._door.signalled()
+            return written
         if kind == POLL:
             return door.poll(fd)
         # A number that is free again would mean another file on each side: later uses of it get one that is not open.

@@ -84,6 +84,10 @@ class ModelDoor:
     def pinned(self) -> int:
         return self.kernel.status("VmPin")
 
+    def signalled(self) -> None:
+        with self.kernel.entered():  # the model notices at its next call, and a read of the eventfd is none
+            pass
+
 
 #: What the model says of itself where a real kernel warns and leaks. A mock device that dies with a PASID attached
 #: (iommufd_object_destroy_user() finds another user of the device).

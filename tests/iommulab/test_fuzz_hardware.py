@@ -144,6 +144,13 @@ def test_an_interrupt_signals_its_eventfd_and_is_acknowledged(model: ModelSide) 
     assert answer(model, program)[0][6:] == [0, 0, 2, 8, 2, 8, -errno.EAGAIN]
 
 
+def test_a_signal_that_vfio_waits_for_is_gone_before_the_next_step(model: ModelSide) -> None:
+    store = {"argsz": 32, "flags": 4, "data": 1, "offset": 4, "fd": "@6.fd"}
+    signal, read = Call("write", {"fd": "@6.fd", "words": [1, 0]}), Call("read", {"fd": "@6.fd", "count": 8})
+    program = attached(Call("eventfd"), Call("VFIO_DEVICE_IOEVENTFD", store, file="@1.fd"), signal, read)
+    assert answer(model, program)[0][6:] == [0, 0, 8, -errno.EAGAIN]
+
+
 def test_no_descriptors_number_is_in_an_answer(model: ModelSide) -> None:
     program = attached(Call("eventfd"))
     compiled = compile_program(program)
